@@ -1,0 +1,42 @@
+"""Position embeddings delivered to every layer of a vision transformer, for global average pooling (MPVG).
+
+The public names load on first use: `import mpvg` alone loads no torch.
+"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpvg.delivery import METHODS, DeliverySpec, PositionDelivery
+    from mpvg.models import create_model
+    from mpvg.models.fold import fold
+    from mpvg.runs import load
+
+    __version__: str
+
+__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "create_model", "fold", "load"]
+
+_HOME = {
+    "METHODS": "mpvg.delivery",
+    "DeliverySpec": "mpvg.delivery",
+    "PositionDelivery": "mpvg.delivery",
+    "create_model": "mpvg.models",
+    "fold": "mpvg.models.fold",
+    "load": "mpvg.runs",
+}
+
+
+def __getattr__(name: str) -> object:
+    value: object
+    if name == "__version__":
+        value = metadata.version("mpvg")
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'mpvg' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,0 +1,8 @@
+"""`python -m mpvg` is the `mpvg` command."""
+
+import sys
+
+from mpvg.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# The first call of a torch function is slow, so no deadline; the same examples in every run, so that a failure stays.
+hypothesis.settings.register_profile("mpvg", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("mpvg")
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Every test starts from the same seeds, and on one thread, because sums over threads differ in their last bits."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
