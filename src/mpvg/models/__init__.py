@@ -1,0 +1,52 @@
+"""Networks that receive a delivered position embedding; importing this registers them with timm as `mpvg_<name>`."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from mpvg.delivery import Method, as_spec
+from mpvg.models import vit as vit
+from mpvg.models.checkpoints import load_weights
+
+
+def model_names() -> list[str]:
+    """The names that `create_model` takes."""
+    return sorted(name.removeprefix("mpvg_") for name in timm.list_models("mpvg_*"))
+
+
+def create_model(
+    name: str,
+    method: Method = "mpvg",
+    *,
+    num_classes: int = 1000,
+    checkpoint_path: str | Path | None = None,
+    pos_std: float | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Builds a network that runs a method.
+
+    Args:
+        name: one of `model_names()`, such as "deit_tiny_patch16_224".
+        method: a method's name (`mpvg.METHODS`) or a DeliverySpec.
+        num_classes: classes of the head; 0: no head.
+        checkpoint_path: a .safetensors file with all the weights of this network and method.
+        pos_std: standard deviation at which the position embedding starts; None: the network's own.
+        **kwargs: further arguments of the network, such as img_size, in_chans, drop_path_rate.
+
+    Raises:
+        ValueError: the name is unknown, or the network cannot do what the method says.
+    """
+    names = model_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(names)}")
+    model = timm.create_model(
+        f"mpvg_{name}", method=as_spec(method), num_classes=num_classes, pos_std=pos_std, **kwargs
+    )
+    if checkpoint_path is not None:
+        load_weights(model, checkpoint_path)
+    return model
