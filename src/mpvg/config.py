@@ -94,6 +94,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
             _check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        low, high = self.betas
+        _check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")
+        _check("optim.eps", self.eps, self.eps >= 0, "a number >= 0")
         _check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a number > 0")
         decay = self.layer_decay
         _check("optim.layer_decay", decay, decay is None or 0 < decay <= 1, "a number in (0, 1]")
@@ -164,10 +167,9 @@ class RunConfig:
                 f"batch_size {self.batch_size} is odd, but mixup and cutmix pair the images of a batch; "
                 "give an even batch_size, or set augment.mixup and augment.cutmix to 0"
             )
-        if self.optim.warmup_epochs >= self.epochs:
+        if self.optim.warmup_epochs > self.epochs:
             raise ValueError(
-                f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of epochs {self.epochs}; "
-                "it must be smaller"
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is more than epochs {self.epochs}; give at most that"
             )
 
     def to_dict(self) -> dict[str, Any]:

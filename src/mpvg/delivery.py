@@ -8,9 +8,9 @@
     Eq. (10)  PVG     pos_l = LN'_l(pos_{l-1}),  l = 1..L                 hierarchical=True
     Eq. (11)  MPVG    y = LN(x_{L+1}) + LN'_last(pos_0)                   last_index=0
 
-LN'_l is a LayerNorm of its own beside the layer's LN_l. L is the index of the last layer (11 of 12). pos_0 is always the
-raw PE, and pos_k what layer k receives. No pos_l depends on an image, so the chain is computed once, before layer 0, and
-a network is handed finished values: a method is data, and nothing outside this file asks for its name.
+LN'_l is a LayerNorm of its own beside the layer's LN_l. L is the index of the last layer (11 of 12). pos_0 is always
+the raw PE, and pos_k what layer k receives. No pos_l depends on an image, so the chain is computed once, before layer
+0, and a network is handed finished values: a method is data, and nothing outside this file asks for its name.
 
 This file needs torch and nothing else.
 """
@@ -58,7 +58,7 @@ class DeliverySpec:
         if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
             raise ValueError(f"last_index is {k!r}; allowed: None, 0 (the raw PE), or the index of a layer")
         if k and self.first_layer is None:
-            raise ValueError(f"last_index is {k}, but without layer-wise delivery only pos_0 exists; set first_layer or 0")
+            raise ValueError(f"last_index is {k}, but without first_layer only pos_0 exists; set first_layer, or use 0")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-safe values."""
@@ -151,7 +151,7 @@ def resolve(method: Method, traits: NetworkTraits) -> DeliverySpec:
             f"pos_{traits.depth - 1}; use a smaller last_index or a deeper network"
         )
     if k and not traits.uniform_width:
-        raise ValueError(f"last_index {k}: in {traits.name} pos_{k} has not the Last LN's width; only 0 is delivered to it")
+        raise ValueError(f"last_index is {k}, but in {traits.name} pos_{k} is not as wide as the Last LN; use 0")
     return spec
 
 

@@ -40,5 +40,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ]
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} is of another model or method: {shown}. Use the model, method and classes it came from")
+        raise ValueError(
+            f"{path} is of another model or method: {shown}. Use the model, method and classes it came from"
+        )
     model.load_state_dict(tensors)

@@ -1,7 +1,6 @@
 """A trained network for inference: what does not depend on the image becomes a constant."""
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ def fold(model: nn.Module) -> nn.Module:
     """Returns a copy for evaluation in which the delivery's whole chain is one constant per served layer.
 
     With average pooling the mean of LN'_last(pos_k) over the tokens moves into the Last LN's beta, so that the
-    classifier costs what GAP costs, plus one addition per served layer. Token maps keep what is left of it, of mean zero,
-    as one constant addition, and stay what they were.
+    classifier costs what GAP costs, plus one addition per served layer. Token maps keep what is left of it, of mean
+    zero, as one constant addition, and stay what they were.
 
     Args:
         model: a network of this package, in either mode; it is not changed.
@@ -42,12 +41,16 @@ def fold(model: nn.Module) -> nn.Module:
             folded.norm.bias += mean[0]
             last = last - mean[:, None]
     folded.delivery = FoldedDelivery(folded.delivery, delivered._replace(last=last), averages_to_zero=pooled)
-    folded.__class__ = _folded_class(type(folded))
+    network = type(model)
+    folded.__class__ = type(f"Folded{network.__name__}", (_Folded, network), {})
     return folded.requires_grad_(False).eval()
 
 
 class FoldedDelivery(nn.Module):
     """What a PositionDelivery gives for one PE, as buffers; called in its place."""
+
+    last: Tensor | None
+    carry: Tensor
 
     def __init__(self, delivery: PositionDelivery, delivered: DeliveredPE, *, averages_to_zero: bool) -> None:
         super().__init__()
@@ -58,7 +61,8 @@ class FoldedDelivery(nn.Module):
             if pe is not None:
                 self.register_buffer(f"layer_{layer}", pe)
         self.register_buffer("last", delivered.last)
-        self.register_buffer("carry", delivered.carry)
+        # A copy: it is the last layer's constant, or the raw PE itself, and safetensors saves no storage twice.
+        self.register_buffer("carry", delivered.carry.detach().clone())
 
     def forward(self, pos: Tensor, initial: Tensor | None = None) -> DeliveredPE:
         """Returns the constants; the PE they were made from is not read again."""
@@ -80,13 +84,10 @@ class _Folded:
 
     def train(self, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError("a folded model is for evaluation: its PE is constant; train the model it was folded from")
+            raise RuntimeError(
+                "a folded model is for evaluation: its PE is constant; train the model it was folded from"
+            )
         return super().train(False)  # type: ignore[misc]
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a folded model has constants of one image size; call set_input_size first, then fold")
-
-
-@functools.cache
-def _folded_class(network: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Folded{network.__name__}", (_Folded, network), {"__doc__": f"{network.__name__}, folded."})

@@ -23,7 +23,7 @@ class DeliveredBlock(Block):
     """timm's pre-norm block whose attention input may receive a PE."""
 
     def forward(
-        self, x: Tensor, pe: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pe: Tensor | None = None
     ) -> Tensor:
         """Runs attention and MLP on tokens `(B, N, D)`; `pe`, `(1, N, D)`, reaches the attention input only."""
         attended = self.norm1(x)
@@ -50,19 +50,21 @@ class DeliveredVisionTransformer(VisionTransformer):
     """
 
     delivery: PositionDelivery
+    norm: nn.LayerNorm
+    pos_embed: nn.Parameter
 
     def __init__(self, method: Method = "mpvg", *, pos_std: float | None = None, **kwargs: Any) -> None:
         for name in ("global_pool", "class_token", "fc_norm", "block_fn"):
             if name in kwargs:
                 raise ValueError(f"{name}={kwargs[name]!r}: the method decides it; give method=DeliverySpec(pool=...)")
+        if kwargs.get("pos_embed", "learn") != "learn":
+            raise ValueError(f"pos_embed={kwargs['pos_embed']!r} leaves no position embedding to deliver; use 'learn'")
         spec = resolve(method, NetworkTraits(name="ViT", depth=kwargs.get("depth", 12)))
         if not kwargs.get("dynamic_img_pad", False):
             check_divisible(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         self.pos_std = pos_std
         token = spec.pool == "token"
         super().__init__(global_pool=spec.pool, class_token=token, fc_norm=False, block_fn=DeliveredBlock, **kwargs)
-        if self.pos_embed is None:
-            raise ValueError(f"pos_embed={kwargs['pos_embed']!r} leaves no position embedding to deliver; use 'learn'")
         bare = self.num_prefix_tokens if self.no_embed_class else 0
         delivery = PositionDelivery(spec, len(self.blocks), self.embed_dim, eps=self.norm.eps, prefix_rows=bare)
         self.delivery = delivery.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
@@ -182,7 +184,7 @@ class DeliveredVisionTransformer(VisionTransformer):
         """Runs the layers: the one loop behind every kind of forward pass.
 
         Returns:
-            The tokens before the Last LN, `(B, N, D)`; what the Last LN receives; the tokens after each layer of `take`.
+            The tokens before the Last LN, `(B, N, D)`; what the Last LN receives; the tokens after the layers `take`.
         """
         x, pos = self._embed(image)
         delivered = self.delivery(pos)
@@ -195,9 +197,9 @@ class DeliveredVisionTransformer(VisionTransformer):
         for layer, (block, pe) in enumerate(islice(zip(self.blocks, delivered.per_layer, strict=True), stop)):
             pe = self._rows_kept(pe, kept)
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, pe, attn_mask=attn_mask, is_causal=is_causal)
+                x = checkpoint(block, x, attn_mask, is_causal, pe)
             else:
-                x = block(x, pe, attn_mask=attn_mask, is_causal=is_causal)
+                x = block(x, attn_mask, is_causal, pe)
             if layer in take:
                 taken.append(x)
         return x, self._rows_kept(delivered.last, kept), taken
@@ -236,6 +238,7 @@ _SIZES: dict[str, dict[str, int]] = {
     "deit_base_patch16_224": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
     # Members of our own for small images; the narrow one has the 12 layers that Table 5's k ask for.
     "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4},
+    "vit_mini_patch7_28": {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 4},
     "vit_mini_patch4_28": {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
     "vit_narrow_patch4_28": {"img_size": 28, "patch_size": 4, "embed_dim": 48, "depth": 12, "num_heads": 3},

@@ -1,0 +1,81 @@
+"""Named data sets: the whole set lies on the device, and batches are cut out of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from mpvg.config import RunConfig
+from mpvg.data.augment import Augment, normalise
+from mpvg.data.contract import BatchOrder, Data, DataInfo
+from mpvg.data.sources import SOURCES, Split
+
+
+def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
+    """Reads a named data set whole; arguments and errors as `open_data`."""
+    source = SOURCES[config.data]
+    raw = source.read(config.loader.root)
+    info = DataInfo(
+        name=config.data,
+        class_names=raw.class_names,
+        in_chans=raw.train.images.shape[1],
+        img_size=config.network.img_size or raw.train.images.shape[-1],
+        mean=source.mean,
+        std=source.std,
+        train_size=len(raw.train.targets),
+        val_size=len(raw.val.targets),
+    )
+    augment = Augment(config.augment, info, config.seed, device)
+    order = partial(BatchOrder, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
+
+    def batches(split: Split, augment: Augment | None) -> TensorBatches:
+        split = Split(_resize(split.images, info.img_size).to(device), split.targets.to(device))
+        return TensorBatches(split, order(size=len(split.targets), shuffle=augment is not None), augment, info)
+
+    return Data(info, batches(raw.train, augment), batches(raw.val, None), Preprocess(info))
+
+
+class TensorBatches:
+    """Batches of a split that lies on the device."""
+
+    skipped = 0
+
+    def __init__(self, split: Split, order: BatchOrder, augment: Augment | None, info: DataInfo) -> None:
+        self._split, self._order, self._augment, self._info = split, order, augment, info
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Batches.epoch`."""
+        images, targets = self._split
+        table = self._augment.draw(epoch).to(targets.device) if self._augment else None
+        for chosen in self._order.batches(epoch, start):
+            chosen = chosen.to(targets.device)
+            if self._augment and table is not None:
+                yield self._augment(images[chosen], table[:, chosen]), targets[chosen]
+            else:
+                yield normalise(images[chosen], self._info), targets[chosen]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What validation does to an image, for an image of any size and mode."""
+
+    info: DataInfo
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Returns the normalised image (C, H, W)."""
+        pixels = functional.pil_to_tensor(image.convert("L" if self.info.in_chans == 1 else "RGB"))
+        return normalise(_resize(pixels[None], self.info.img_size), self.info)[0]
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    """Resizes (N, C, H, W) to a square; in pieces, since the resize works in float32, four times the memory."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return torch.cat([functional.resize(piece, [side, side], antialias=True) for piece in images.split(1024)])

@@ -1,0 +1,380 @@
+"""What a run is on disk, and the one reader that turns it back into a model, its preprocessing and its data.
+
+    RUN/config.yaml        the resolved RunConfig
+    RUN/environment.json   versions, commit, hardware, threads, command, date
+    RUN/data.json          DataInfo: classes, image size, normalisation
+    RUN/metrics.jsonl      one line an epoch
+    RUN/summary.json       one line once the run is complete: what a study collects
+    RUN/checkpoints/step-<n>/{model,ema,optimizer}.safetensors, state.json
+    RUN/checkpoints/last, best -> step-<n>
+
+Every file appears whole or not at all: it is written under a temporary name and renamed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from mpvg.config import RunConfig
+from mpvg.data import Data, DataInfo, make_preprocess, open_data
+from mpvg.models import create_model
+from mpvg.models.checkpoints import load_weights, read_tensors
+
+Which = Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that holds a config: training, interrupted or complete."""
+
+    path: Path
+    config: RunConfig
+    info: DataInfo
+
+    def model(self, which: Which = "last", *, ema: bool = False) -> nn.Module:
+        """The trained network in evaluation mode, from the newest or the best checkpoint.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint, or no averaged weights in it.
+            ValueError: the weights do not fit the config.
+        """
+        folder = checkpoint_folder(self.path, which)
+        file = folder / ("ema.safetensors" if ema else "model.safetensors")
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file.name} in {folder}; averaged weights need --ema_decay at training")
+        model = build_model(self.config, self.info)
+        load_weights(model, file)
+        return model.eval()
+
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """An image to the `(C, H, W)` tensor that evaluation gives the network; needs no data set."""
+        return make_preprocess(self.info)
+
+    def data(self, device: torch.device) -> Data:
+        """The run's data set.
+
+        Raises:
+            ValueError: its classes are not those the run was trained on.
+        """
+        data = open_data(self.config, device=device)
+        self.check_classes(data.info)
+        return data
+
+    def check_classes(self, info: DataInfo) -> None:
+        """Refuses data with other classes than the run's, or with images that are prepared in another way.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if info.class_names != self.info.class_names:
+            raise ValueError(
+                f"{self.config.data} has {info.num_classes} classes ({_some(info.class_names)}), but "
+                f"{self.path} was trained on {self.info.num_classes} ({_some(self.info.class_names)}); "
+                "give the folder it was trained on, or one with the same class folders"
+            )
+        given, own = (
+            f"{i.in_chans} x {i.img_size} x {i.img_size}, mean {i.mean}, std {i.std}" for i in (info, self.info)
+        )
+        if given != own:
+            raise ValueError(
+                f"images of {self.config.data} are prepared as {given}, but {self.path} was trained on {own}; "
+                "give data of the same kind"
+            )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far, oldest first."""
+        return [json.loads(line) for line in _whole_lines(self.path / "metrics.jsonl")]
+
+    def summary(self) -> dict[str, Any] | None:
+        """The record of a complete run; None while there is none."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+
+def load(path: str | Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its config or data description is damaged.
+    """
+    path = Path(path)
+    for name in ("config.yaml", "data.json"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} holds no run: {name} is missing; give a folder that `mpvg train` made")
+    config = read_config(path / "config.yaml")
+    try:
+        values: dict[str, Any] = json.loads((path / "data.json").read_text())
+        lists_as_tuples: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        info = DataInfo(**lists_as_tuples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'data.json'} is damaged ({error}); restore it from a copy of the run") from error
+    return Run(path, config, info)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads a config that `start` wrote.
+
+    Raises:
+        ValueError: it is no YAML, or has a key or value that a run cannot have.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no readable YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no config")
+    try:
+        return RunConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def build_model(config: RunConfig, info: DataInfo) -> nn.Module:
+    """The network that a config trains on the data that `info` describes."""
+    return create_model(
+        config.model,
+        config.method,
+        num_classes=info.num_classes,
+        pos_std=config.network.pos_std,
+        in_chans=info.in_chans,
+        img_size=info.img_size,
+        drop_path_rate=config.network.drop_path,
+    )
+
+
+def start(config: RunConfig, info: DataInfo) -> Run:
+    """Makes the run folder. The config is its last file: a folder with a config is whole.
+
+    Raises:
+        FileExistsError: the folder already holds something.
+        OSError: it cannot be written, for a full disk say.
+    """
+    path = Path(config.out)
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "data.json", dataclasses.asdict(info))
+    write_json(path / "environment.json", environment())
+    _write_whole(path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    return Run(path, config, info)
+
+
+def check_free(path: Path) -> None:
+    """Refuses a run folder that is taken; one whose making was cut off is free.
+
+    Raises:
+        FileExistsError: naming the ways on.
+    """
+    if (path / "config.yaml").is_file():
+        raise FileExistsError(
+            f"{path} already holds a run; continue it with `mpvg train --resume {path}`, or give another --out"
+        )
+    beginning = {"data.json", "environment.json"}  # what `start` writes before the config
+    beginning |= {_writing(Path(name)).name for name in (*beginning, "config.yaml")}
+    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - beginning):
+        raise FileExistsError(f"{path} exists and is not empty, but holds no run; give another --out")
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run may depend on."""
+    packages = ("mpvg", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": commit(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the source in use, with "-dirty" where files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in somebody else's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return None
+
+
+def hardware() -> str:
+    """One line: processor, cores, memory, GPUs."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB", *gpus])
+
+
+def append_metrics(path: Path, values: dict[str, Any]) -> None:
+    """Adds one line to the run's metrics.
+
+    Raises:
+        OSError: it cannot be written, for a full disk say.
+    """
+    file = path / "metrics.jsonl"
+    try:
+        with file.open("a") as lines:
+            lines.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise _cannot_write(file, error) from error
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops the lines after a step, which a resumed run writes again, and a line that was cut off."""
+    file = path / "metrics.jsonl"
+    kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
+    _write_whole(file, "".join(line + "\n" for line in kept).encode())
+
+
+def save_checkpoint(
+    path: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, best: bool
+) -> None:
+    """Writes a checkpoint, makes it the newest (and the best, if it is), and removes those that are neither.
+
+    Args:
+        path: the run folder.
+        step: optimizer steps done.
+        tensors: file stem -> named tensors.
+        state: JSON-safe values.
+        best: whether it is the best so far, too.
+
+    Raises:
+        OSError: it cannot be written, for a full disk say; the previous checkpoint is untouched.
+    """
+    root = path / "checkpoints"
+    folder, writing = root / f"step-{step:08d}", root / ".writing"
+    assert not (root / "last").is_symlink() or os.readlink(root / "last") != folder.name, (
+        "the newest is never rewritten"
+    )
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        for stem, named in tensors.items():
+            _write_synced(writing / f"{stem}.safetensors", safetensors.torch.save(named))
+        _write_synced(writing / "state.json", json.dumps(state).encode())
+        shutil.rmtree(folder, ignore_errors=True)  # left behind by a process that died before it was the newest
+        writing.rename(folder)
+        if best:  # before it is the newest: once it is, a resumed run does not come here again
+            _point(root / "best", folder.name)
+        _point(root / "last", folder.name)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        previous = os.readlink(root / "last") if (root / "last").is_symlink() else "none"
+        raise OSError(
+            error.errno,
+            f"cannot save step {step} in {root} ({error.strerror or error}); the previous checkpoint ({previous}) is kept; "
+            f"make room, then continue with `mpvg train --resume {path}`",
+        ) from error
+    remove_unused(path)
+
+
+def remove_unused(path: Path) -> None:
+    """Removes the checkpoints that are neither the newest nor the best."""
+    root = path / "checkpoints"
+    used = {os.readlink(root / name) for name in ("last", "best") if (root / name).is_symlink()}
+    for old in root.glob("step-*"):
+        if old.name not in used:
+            shutil.rmtree(old)
+
+
+def checkpoint_folder(path: Path, which: Which = "last") -> Path:
+    """The folder of the newest or the best checkpoint.
+
+    Raises:
+        FileNotFoundError: the run has none yet.
+    """
+    folder = path / "checkpoints" / which
+    if not (folder / "state.json").is_file():
+        raise FileNotFoundError(f"{path} has no {which!r} checkpoint; it stopped before the first was saved")
+    return folder
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Reads the newest checkpoint: file stem -> named tensors, and the state.
+
+    Raises:
+        FileNotFoundError: the run has none yet.
+        ValueError: a file of it is damaged.
+    """
+    folder = checkpoint_folder(path)
+    tensors = {file.stem: read_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / 'state.json'} is damaged ({error})") from error
+    return tensors, state
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes one JSON value, whole or not at all."""
+    _write_whole(path, (json.dumps(values) + "\n").encode())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    writing = _writing(path)
+    try:
+        _write_synced(writing, content)
+        writing.replace(path)
+    except OSError as error:
+        writing.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _writing(path: Path) -> Path:
+    return path.with_name(f".{path.name}.writing")
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    """The error with the file and the next step, both of which the system's own lacks."""
+    begun = (path.parent / "config.yaml").is_file()
+    onward = f"continue with `mpvg train --resume {path.parent}`" if begun else "give the same command again"
+    return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); make room, then {onward}")
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _point(link: Path, target: str) -> None:
+    writing = _writing(link)
+    writing.unlink(missing_ok=True)
+    writing.symlink_to(target)
+    writing.replace(link)
+
+
+def _whole_lines(file: Path) -> Iterator[str]:
+    if file.is_file():
+        text = file.read_text()
+        yield from text[: text.rfind("\n") + 1].splitlines()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

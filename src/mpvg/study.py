@@ -1,0 +1,274 @@
+"""Runs side by side: a plan, its runs in parallel, and what they say together."""
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from mpvg import runs, training
+from mpvg.analysis import position_correlation
+from mpvg.config import RunConfig
+from mpvg.recipes import recipe
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: a method and how its PE starts, at a budget."""
+
+    label: str
+    method: str
+    pos_std: float | None
+    epochs: int
+
+    def run(self, base: RunConfig, seed: int, out: Path) -> RunConfig:
+        """The arm's run of a seed."""
+        std = "" if self.pos_std is None else f"-posstd{self.pos_std:g}"
+        return replace(
+            base,
+            method=self.method,
+            epochs=self.epochs,
+            seed=seed,
+            threads=1,
+            device="cpu",
+            out=str(out / f"{self.method}{std}-{self.epochs}ep-seed{seed}"),
+            network=replace(base.network, pos_std=self.pos_std),
+        )
+
+
+DEMOS = {
+    "digits": recipe(None, "digits"),
+    "fashion-mnist": replace(recipe(None, "fashion-mnist"), model="vit_mini_patch7_28", epochs=1),
+}
+"""The data sets that the demo can be run on, and what it trains there."""
+
+SEEDS = (0, 1)
+LONGER = 4
+"""How many times longer the second budget is."""
+
+
+def demo(data: str, out: Path) -> None:
+    """Trains GAP, GAP with its PE started at std 1, PVG and MPVG, and says what happened.
+
+    Two seeds each; GAP and MPVG also at four times the budget. Runs of an earlier, interrupted demo in the same folder
+    are continued. Writes report.html, curves.svg and correlation.svg (and both as .png) into `out`.
+
+    Args:
+        data: one of DEMOS.
+        out: folder of the runs and the report.
+
+    Raises:
+        As `mpvg.training.train`.
+    """
+    base = DEMOS[data]
+    short, long = base.epochs, LONGER * base.epochs
+    arms = [
+        Arm("GAP", "gap", None, short),
+        Arm("GAP, PE started at std 1", "gap", 1.0, short),
+        Arm("PVG", "pvg", None, short),
+        Arm("MPVG", "mpvg", None, short),
+        Arm("GAP, longer", "gap", None, long),
+        Arm("MPVG, longer", "mpvg", None, long),
+    ]
+    plan = {(arm, seed): arm.run(base, seed, out) for arm in arms for seed in SEEDS}
+    summaries = run_all(list(plan.values()))
+    results = {arm: [summaries[plan[arm, seed].out] for seed in SEEDS] for arm in arms}
+    folders = {arm: [runs.load(plan[arm, seed].out) for seed in SEEDS] for arm in arms}
+    Console().print(_table(results))
+    sentence = _what_shrinks(results, arms)
+    print(sentence)
+    report = _report(data, base, results, folders, sentence, out)
+    print(f"\nreport: {report}")
+
+
+def run_all(configs: Sequence[RunConfig]) -> dict[str, dict[str, Any]]:
+    """Runs the configs in parallel, one process a core and one thread a process; continues what was begun.
+
+    Returns:
+        Run folder -> summary.
+    """
+    longest_first = sorted(configs, key=lambda config: -config.epochs)
+    total = sum(config.epochs for config in configs)
+    summaries: dict[str, dict[str, Any]] = {}
+    workers = min(os.cpu_count() or 1, len(configs))
+    console = Console(soft_wrap=True, highlight=False)
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(f"training {len(configs)} networks (epochs)", total=total)
+        left: dict[Future[dict[str, Any]], RunConfig] = {pool.submit(_run, c): c for c in longest_first}
+        try:
+            while left:
+                done, _ = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    config = left.pop(future)
+                    summary = summaries[config.out] = future.result()
+                    line = f"{len(summaries)}/{len(configs)} done  {config.out}  {100 * summary['accuracy']:.2f} %"
+                    progress.console.print(line, markup=False)
+                progress.update(task, completed=sum(_epochs_done(config) for config in configs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return summaries
+
+
+def _run(config: RunConfig) -> dict[str, Any]:
+    """Trains or continues one run, in a process of the pool."""
+    if (Path(config.out) / "config.yaml").is_file():
+        found = runs.load(config.out).config
+        if found.digest() != config.digest():
+            raise ValueError(f"{config.out} holds another run than this plan's; remove it, or give another --out")
+        return training.resume(config.out, quiet=True)
+    return training.train(config, quiet=True)
+
+
+def _epochs_done(config: RunConfig) -> int:
+    file = Path(config.out) / "metrics.jsonl"
+    return file.read_text().count("\n") if file.is_file() else 0
+
+
+def _rows(results: dict[Arm, list[dict[str, Any]]]) -> list[list[str]]:
+    rows = []
+    for arm, summaries in results.items():
+        accuracies = [100 * summary["accuracy"] for summary in summaries]
+        rows.append(
+            [
+                arm.label,
+                str(arm.epochs),
+                f"{statistics.mean(accuracies):.2f}",
+                " ".join(f"{value:.2f}" for value in accuracies),
+                f"{statistics.mean(summary['nll'] for summary in summaries):.4f}",
+                f"{summaries[0]['parameters']:,}",
+                f"{statistics.mean(summary['images_per_second'] for summary in summaries):.0f}",
+            ]
+        )
+    return rows
+
+
+_COLUMNS = ("", "epochs", "accuracy %", "each seed", "NLL", "parameters", "images/s")
+
+
+def _table(results: dict[Arm, list[dict[str, Any]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for place, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    for row in _rows(results):
+        table.add_row(*row)
+    return table
+
+
+def _what_shrinks(results: dict[Arm, list[dict[str, Any]]], arms: list[Arm]) -> str:
+    """One sentence on which differences shrink with a longer budget."""
+
+    def mean(arm: Arm) -> float:
+        return 100 * statistics.mean(summary["accuracy"] for summary in results[arm])
+
+    gap, started, pvg, mpvg, gap_long, mpvg_long = arms
+    short, long = mean(mpvg) - mean(gap), mean(mpvg_long) - mean(gap_long)
+    verdict = "shrinks to" if abs(long) < abs(short) else "does not shrink:"
+    return (
+        f"MPVG - GAP is {short:+.2f} points at {gap.epochs} epochs and {verdict} {long:+.2f} at {gap_long.epochs}; "
+        f"at {gap.epochs} epochs starting GAP's PE at std 1 alone makes {mean(started) - mean(gap):+.2f}, "
+        f"and PVG {mean(pvg) - mean(gap):+.2f} (means of {len(SEEDS)} seeds: this shows what moves, not who wins)."
+    )
+
+
+def _report(
+    data: str,
+    base: RunConfig,
+    results: dict[Arm, list[dict[str, Any]]],
+    folders: dict[Arm, list[runs.Run]],
+    sentence: str,
+    out: Path,
+) -> Path:
+    """Draws the figures and writes the page, with nothing to fetch from elsewhere."""
+    from mpvg import figures
+
+    curves = {
+        f"{arm.label} ({arm.epochs} epochs)": [[100 * line["accuracy"] for line in run.metrics()] for run in repeated]
+        for arm, repeated in folders.items()
+    }
+    drawn = {
+        "curves": figures.lines(curves, f"Learning curves on {data}", "epoch", "test accuracy, %", first=1),
+        "correlation": _correlation_figure(data, folders),
+    }
+    pictures = []
+    for name, figure in drawn.items():
+        figures.save(figure, out / f"{name}.svg", out / f"{name}.png")
+        svg = (out / f"{name}.svg").read_text()
+        pictures.append(svg[svg.index("<svg") :])
+    summary = next(iter(results.values()))[0]
+    head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(results))
+    made = f"commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, {summary['date'][:10]}"
+    page = _PAGE.format(
+        title=f"mpvg demo: {escape(data)}",
+        sentence=escape(sentence),
+        head=head,
+        body=body,
+        model=escape(base.model),
+        pictures="\n".join(f"<figure>{picture}</figure>" for picture in pictures),
+        made=escape(made),
+    )
+    path = out / "report.html"
+    path.write_text(page)
+    return path
+
+
+def _correlation_figure(data: str, folders: dict[Arm, list[runs.Run]]) -> Any:
+    """Fig. 4 for every arm and for the network before training, on the validation images."""
+    from mpvg import figures
+
+    any_run = next(iter(folders.values()))[0]
+    batches = any_run.data(torch.device("cpu")).val.epoch()
+    images, _ = next(batches)
+    series = {}
+    for arm, repeated in folders.items():
+        series[f"{arm.label} ({arm.epochs} epochs)"] = [position_correlation(run.model(), images) for run in repeated]
+    untrained = []
+    for run in folders[next(iter(folders))]:
+        training.seed_everything(run.config.seed)
+        untrained.append(position_correlation(runs.build_model(run.config, run.info), images))
+    series["GAP, untrained"] = untrained
+    depth = len(untrained[0]) - 1
+    ticks = {layer: str(layer) for layer in range(depth)} | {depth: "Last LN"}
+    title = f"Correlation of tokens and position embedding on {data}"
+    return figures.lines(series, title, "layer", "r(mean token, PE)", ticks=ticks)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child, td:first-child {{ text-align: left }}
+figure {{ margin: 2rem 0 }}
+svg {{ max-width: 100%; height: auto }}
+small {{ color: #666 }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{sentence}</p>
+<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+<p>{model}; accuracy and NLL on the test images after the last epoch; images/s of training on one thread, with as many
+runs at a time as there are cores. A band is the range over the seeds.</p>
+{pictures}
+<p>The second figure is the paper's Fig. 4: the Pearson correlation, over all tokens and channels, between the mean
+token behind a layer's LN and the position embedding which that layer receives. GAP's layers receive none; for them it is
+the raw one. Compare with the untrained network: its tokens still contain the position embedding added to them.</p>
+<p><small>{made}</small></p>
+</body></html>
+"""

@@ -1,0 +1,6 @@
+"""One loop for every run: seeded, exactly resumable, watched while it runs."""
+
+from mpvg.training.loop import NonFiniteLoss as NonFiniteLoss
+from mpvg.training.loop import resume as resume
+from mpvg.training.loop import seed_everything as seed_everything
+from mpvg.training.loop import train as train

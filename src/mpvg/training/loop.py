@@ -1,0 +1,352 @@
+"""The training loop.
+
+All randomness of a step is a function of (seed, epoch, step): order and augmentation are drawn per epoch and sample by
+the data, and mixup, dropout and drop path from generators that are seeded anew before each step. A run that is
+interrupted anywhere therefore continues with the same bits, and no generator's state has to be saved.
+"""
+
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from mpvg import runs
+from mpvg.config import RunConfig
+from mpvg.data import Data, open_data
+from mpvg.runs import Run
+from mpvg.tasks import Scores, classification_loss, evaluate
+from mpvg.training import optimizer as optimizers
+from mpvg.training.progress import Reporter
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or a weight is NaN or infinite; the run stops, and keeps the checkpoint from before."""
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in a checkpoint's state.json."""
+
+    epoch: int = 0
+    """Epochs done."""
+    batch: int = 0
+    """Batches done of the epoch in progress."""
+    step: int = 0
+    """Optimizer steps done."""
+    loss_sum: float = 0.0
+    """Sum of the losses of the epoch in progress."""
+    seconds: float = 0.0
+    """Time spent in steps, waiting for data included."""
+    images: int = 0
+    """Images trained on."""
+    skipped: int = 0
+    """Unreadable images left out."""
+    best: float = -1.0
+    """Best accuracy so far."""
+
+
+def train(config: RunConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Trains a new run and returns its summary.
+
+    Raises:
+        FileExistsError: the run folder is taken.
+        NonFiniteLoss: the loss is no longer a number.
+        OSError: a checkpoint cannot be written; the previous one is kept.
+        ValueError: the config asks for what the data, the network or the hardware cannot give.
+    """
+    runs.check_free(Path(config.out))
+    trainer = Trainer.of(config, quiet=quiet)
+    if trainer.accelerator.is_main_process:
+        runs.start(trainer.config, trainer.data.info)
+    return trainer.run_to_end()
+
+
+def resume(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Continues an interrupted run from its newest checkpoint, to the same bits; a complete run is left as it is.
+
+    Raises:
+        As `train`, and FileNotFoundError where the folder holds no run.
+    """
+    run = runs.load(path)
+    summary = run.summary()
+    if summary is not None:
+        _check_unchanged(run, summary["config_hash"])
+        return summary
+    trainer = Trainer.of(replace(run.config, out=str(path)), quiet=quiet)
+    run.check_classes(trainer.data.info)
+    trainer.restore()
+    return trainer.run_to_end()
+
+
+class Trainer:
+    """One run in one process: what it is made of, and the loop; `train` and `resume` are the ways in."""
+
+    def __init__(self, run: Run, data: Data, accelerator: Accelerator, *, quiet: bool) -> None:
+        config = run.config
+        self.run, self.config, self.data, self.accelerator = run, config, data, accelerator
+        seed_everything(config.seed)
+        model = runs.build_model(config, data.info)
+        optimizer = optimizers.build_optimizer(model.to(accelerator.device), config)
+        self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
+        self.schedule = optimizers.build_schedule(optimizer, config, len(data.train))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.mixup = _mixup(config, data.info.num_classes)
+        self.position = Position()
+        self.quiet = quiet or not accelerator.is_main_process
+
+    @classmethod
+    def of(cls, config: RunConfig, *, quiet: bool) -> "Trainer":
+        """Makes everything a config asks for; nothing is written yet."""
+        accelerator = _accelerator(config)
+        threads = config.threads or torch.get_num_threads()
+        torch.set_num_threads(threads)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        data = open_data(config, device=accelerator.device, rank=rank, world_size=world_size)
+        run = Run(Path(config.out), replace(config, threads=threads), data.info)
+        return cls(run, data, accelerator, quiet=quiet)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without the wrapper that several processes put around it."""
+        network: nn.Module = self.accelerator.unwrap_model(self.model)
+        return network
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Trains what is left and returns the summary."""
+        epochs, steps = self.config.epochs, len(self.data.train)
+        with Reporter(epochs * steps, self.position.step, quiet=self.quiet) as reporter:
+            while self.position.epoch < epochs:
+                self.train_epoch(reporter)
+                values = self._evaluate()
+                reporter.epoch(values, epochs)
+        summary = self._summary()
+        if self.accelerator.is_main_process:
+            runs.write_json(self.run.path / "summary.json", summary)
+        return summary
+
+    def restore(self) -> None:
+        """Takes up the newest checkpoint, or the beginning where there is none yet."""
+        try:
+            tensors, state = runs.load_checkpoint(self.run.path)
+        except FileNotFoundError:
+            runs.cut_metrics(self.run.path, 0)
+            return
+        try:
+            self._take_up(tensors, state)
+        except (KeyError, TypeError, RuntimeError) as error:  # all that torch and dict say of what does not fit
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{runs.checkpoint_folder(self.run.path)} is damaged ({type(error).__name__}: {reason}); "
+                "restore it from a copy of the run, or train a new run with another --out"
+            ) from error
+        if self.accelerator.is_main_process:
+            runs.cut_metrics(self.run.path, self.position.step)
+            runs.remove_unused(self.run.path)  # a process may have died before it did
+
+    def _take_up(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Puts a checkpoint's values where they came from."""
+        _check_unchanged(self.run, state["digest"])
+        self.network.load_state_dict(tensors["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors["ema"])
+        optimizers.unpack(self.optimizer.optimizer, tensors["optimizer"], state["optimizer"])
+        self.position = Position(**state["position"])
+
+    def train_epoch(self, reporter: Reporter) -> None:
+        """Runs the rest of the epoch in progress."""
+        here, batches = self.position, len(self.data.train)
+        self.model.train()
+        skipped_before = here.skipped - self.data.train.skipped
+        begun, images_before = time.perf_counter(), here.images
+        for images, targets in self.data.train.epoch(here.epoch, here.batch):
+            loss = self._step(images, targets)
+            here.images += len(images) * self.accelerator.num_processes
+            here.batch += 1
+            here.step += 1
+            here.loss_sum += loss
+            here.skipped = skipped_before + self.data.train.skipped
+            reporter.step(
+                here.epoch + 1,
+                here.step,
+                here.loss_sum / here.batch,
+                (here.images - images_before) / (time.perf_counter() - begun),
+            )
+            if self.config.save_steps and here.step % self.config.save_steps == 0 and here.batch < batches:
+                here.seconds += time.perf_counter() - begun
+                self._check_weights()
+                self._save(best=False)
+                begun, images_before = time.perf_counter(), here.images
+        here.seconds += time.perf_counter() - begun
+
+    def _step(self, images: Tensor, targets: Tensor) -> float:
+        """One optimizer step; returns its loss."""
+        here, config = self.position, self.config
+        seed_everything(config.seed, here.epoch, here.batch, self.accelerator.process_index)
+        self.schedule.step_update(here.step)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        with self.accelerator.autocast():
+            loss = classification_loss(self.model(images), targets, config.augment.smoothing)
+        self.accelerator.backward(loss)
+        if config.optim.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.network)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(
+                f"the loss is {value} at step {here.step + 1} (epoch {here.epoch + 1}, batch {here.batch + 1})"
+            )
+        return value
+
+    def _diverged(self, what: str) -> NonFiniteLoss:
+        last = self.run.path / "checkpoints" / "last"
+        kept = f"{last} ({last.readlink()}) is kept" if last.is_symlink() else "no checkpoint had been saved yet"
+        cure = "train a new run with a lower lr, a longer optim.warmup_epochs or optim.clip_grad 1.0"
+        return NonFiniteLoss(f"{what}; {kept}; {cure}")
+
+    def _check_weights(self) -> None:
+        """Refuses to save weights that the last step has ruined, whose loss was still a number."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
+            raise self._diverged(f"the weights are no longer finite after step {self.position.step}")
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Ends the epoch: scores the model, writes its line of metrics, and a checkpoint."""
+        here = self.position
+        scores = evaluate(self.model, self.data.val, self.accelerator)
+        if not math.isfinite(scores.nll):
+            raise self._diverged(f"the loss on the validation set is {scores.nll} after step {here.step}")
+        values: dict[str, Any] = {
+            "epoch": here.epoch + 1,
+            "step": here.step,
+            "train_loss": here.loss_sum / here.batch,
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            **_named(scores),
+        }
+        if self.ema is not None:
+            values |= _named(evaluate(self.ema.module, self.data.val, self.accelerator), "ema_")
+        values |= {
+            "images_per_second": here.images / here.seconds,
+            "skipped": here.skipped,
+            "seconds": round(here.seconds, 3),
+        }
+        best = scores.accuracy > here.best
+        here.best = max(here.best, scores.accuracy)
+        here.epoch, here.batch, here.loss_sum = here.epoch + 1, 0, 0.0
+        if self.accelerator.is_main_process:
+            runs.append_metrics(self.run.path, values)
+        self._save(best=best)
+        return values
+
+    def _save(self, *, best: bool) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        moments, rest = optimizers.pack(self.optimizer.optimizer)
+        tensors = {"model": self.network.state_dict(), "optimizer": moments}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.module.state_dict()
+        state = {"position": asdict(self.position), "optimizer": rest, "digest": self.config.digest()}
+        runs.save_checkpoint(self.run.path, self.position.step, tensors, state, best=best)
+
+    def _summary(self) -> dict[str, Any]:
+        """The run in one line: what a study collects."""
+        config, metrics = self.config, self.run.metrics()
+        last, best = metrics[-1], max(metrics, key=lambda line: line["accuracy"])
+        values: dict[str, Any] = {
+            "config_hash": config.digest(),
+            "recipe": config.recipe,
+            "data": config.data,
+            "model": config.model,
+            "method": config.method,
+            "pos_std": config.network.pos_std,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "accuracy": last["accuracy"],
+            "nll": last["nll"],
+            "best_accuracy": best["accuracy"],
+            "best_epoch": best["epoch"],
+        }
+        if self.ema is not None:
+            values |= {"ema_accuracy": last["ema_accuracy"], "ema_nll": last["ema_nll"]}
+        return values | {
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "images_per_second": last["images_per_second"],
+            "seconds": last["seconds"],
+            "skipped": last["skipped"],
+            "commit": runs.commit(),
+            "hardware": runs.hardware(),
+            "threads": config.threads,
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _check_unchanged(run: Run, digest: str) -> None:
+    if digest != run.config.digest():
+        raise ValueError(
+            f"{run.path / 'config.yaml'} was changed since the run was saved (config {digest}, now "
+            f"{run.config.digest()}); undo the change to resume, or train a new run with another --out"
+        )
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds every generator that a step draws from by a few whole numbers."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))  # timm's Mixup draws from the legacy generator
+    random.seed(int(words[2]))
+
+
+def bf16_refusal(device: torch.device) -> str | None:
+    """Why bf16 makes no sense on a device; None where it does."""
+    if device.type == "cuda":
+        return None if torch.cuda.is_bf16_supported() else "this GPU has no bf16 arithmetic"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        return None
+    return "this CPU has neither avx512_bf16 nor amx_bf16, and emulates bf16 hundreds of times slower than fp32"
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU; give --device cpu")
+    if not torch.distributed.is_initialized():  # or the first run of this process decides for all that follow
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no"
+    )
+    reason = bf16_refusal(accelerator.device) if config.precision == "bf16" else None
+    if reason:
+        raise ValueError(f"precision is 'bf16', but {reason}; give --precision fp32")
+    return accelerator
+
+
+def _mixup(config: RunConfig, num_classes: int) -> Mixup | None:
+    augment = config.augment
+    if not augment.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch,
+        label_smoothing=augment.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _named(scores: Scores, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in asdict(scores).items() if name != "count"}

@@ -1,0 +1,79 @@
+"""What a person sees of a run while it trains: a live line in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 30.0
+"""Time between plain lines inside an epoch."""
+
+
+class Reporter:
+    """Shows steps and epochs.
+
+    Args:
+        total: optimizer steps of the whole run.
+        done: steps done before, by the part of the run that is resumed.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, *, quiet: bool = False) -> None:
+        self.total, self.quiet = total, quiet
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.live: Progress | None = None
+        self.begun, self.first, self.said = time.monotonic(), done, time.monotonic()
+        if not quiet and self.console.is_terminal:
+            text = TextColumn(
+                "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"
+            )
+            self.live = Progress(text, BarColumn(), TimeRemainingColumn(), console=self.console)
+            self.task = self.live.add_task("train", total=total, completed=done, epoch=0, loss=float("nan"), rate=0.0)
+
+    def __enter__(self) -> "Reporter":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def step(self, epoch: int, step: int, loss: float, rate: float) -> None:
+        """A step is done: its epoch, counted from 1, the steps so far, the epoch's mean loss, images a second."""
+        now = time.monotonic()
+        if self.live:
+            self.live.update(self.task, completed=step, epoch=epoch, loss=loss, rate=rate)
+        elif not self.quiet and now - self.said > PLAIN_SECONDS:
+            self.said = now
+            left = (now - self.begun) / (step - self.first) * (self.total - step)
+            self._print(
+                f"epoch {epoch}  step {step}/{self.total}  loss {loss:.3f}  {rate:.0f} images/s  {_clock(left)} left"
+            )
+
+    def epoch(self, values: dict[str, Any], epochs: int) -> None:
+        """An epoch is done and evaluated: prints its line of metrics.jsonl for people."""
+        now = time.monotonic()
+        self.said = now
+        left = (now - self.begun) / max(1, values["step"] - self.first) * (self.total - values["step"])
+        ema = f"  ema {100 * values['ema_accuracy']:.2f} %" if "ema_accuracy" in values else ""
+        skipped = f"  {values['skipped']} unreadable images left out" if values["skipped"] else ""
+        self._print(
+            f"epoch {values['epoch']}/{epochs}  loss {values['train_loss']:.3f}  "
+            f"accuracy {100 * values['accuracy']:.2f} %{ema}  nll {values['nll']:.3f}  {values['images_per_second']:.0f} images/s  {_clock(left)} left{skipped}"
+        )
+
+    def _print(self, line: str) -> None:
+        if not self.quiet:
+            (self.live.console if self.live else self.console).print(line, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
