@@ -160,6 +160,8 @@ def test_as_spec_takes_a_name_a_spec_or_fields() -> None:
         ("MPVG-flat", r"unknown method 'MPVG-flat'.* Known: default"),
         ("mpvg_layer_0", r"unknown method 'mpvg_layer_0'; did you mean mpvg_layer0"),
         ("zzz", r"unknown method 'zzz'\. Known: default, gap"),
+        (None, r"method is None; allowed: a name, a DeliverySpec"),
+        (3, r"method is 3; allowed: a name, a DeliverySpec"),
         ({"frist_layer": 0}, r"unknown field 'frist_layer' .*allowed: pool, input_pe, first_layer"),
     ],
 )

@@ -103,6 +103,8 @@ def as_spec(method: Method) -> DeliverySpec:
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise ValueError(f"unknown method {method!r}{hint} Known: {', '.join(METHODS)}; or give a DeliverySpec")
         return METHODS[method]
+    if not isinstance(method, Mapping):
+        raise ValueError(f"method is {method!r}; allowed: a name, a DeliverySpec, or its fields as a mapping")
     fields = [field.name for field in dataclasses.fields(DeliverySpec)]
     unknown = [key for key in method if key not in fields]
     if unknown:

@@ -30,7 +30,7 @@ def lines(
         first: where the first value stands on the horizontal axis.
         ticks: names of places on the horizontal axis, where they are no numbers.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     for name, repetitions in curves.items():
         columns = list(zip(*repetitions, strict=True))
         places = range(first, first + len(columns))
@@ -43,7 +43,7 @@ def lines(
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

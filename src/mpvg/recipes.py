@@ -15,11 +15,11 @@ def digits() -> RunConfig:
     return RunConfig(
         data="digits",
         model="vit_mini_patch2_8",
-        epochs=20,
+        epochs=25,
         batch_size=64,
-        lr=2e-3,
+        lr=3e-3,
         recipe="digits",
-        augment=AugmentConfig(crop_padding=1, smoothing=0.1),
+        augment=AugmentConfig(smoothing=0.1),
         optim=OptimConfig(warmup_epochs=1),
     )
 

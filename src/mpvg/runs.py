@@ -124,7 +124,7 @@ def load(path: str | Path) -> Run:
         values: dict[str, Any] = json.loads((path / "data.json").read_text())
         lists_as_tuples: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         info = DataInfo(**lists_as_tuples)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path / 'data.json'} is damaged ({error}); restore it from a copy of the run") from error
     return Run(path, config, info)
 
@@ -138,9 +138,10 @@ def read_config(path: Path) -> RunConfig:
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable YAML ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no readable YAML ({reason}); restore it from a copy of the run") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no config")
+        raise ValueError(f"{path} holds no config; restore it from a copy of the run")
     try:
         return RunConfig.from_dict(values)
     except (TypeError, ValueError) as error:
@@ -287,8 +288,8 @@ def save_checkpoint(
         previous = os.readlink(root / "last") if (root / "last").is_symlink() else "none"
         raise OSError(
             error.errno,
-            f"cannot save step {step} in {root} ({error.strerror or error}); the previous checkpoint ({previous}) is kept; "
-            f"make room, then continue with `mpvg train --resume {path}`",
+            f"cannot save step {step} in {root} ({error.strerror or error}); the previous checkpoint ({previous}) "
+            f"is kept; make room, then continue with `mpvg train --resume {path}`",
         ) from error
     remove_unused(path)
 
@@ -322,7 +323,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         ValueError: a file of it is damaged.
     """
     folder = checkpoint_folder(path)
-    tensors = {file.stem: read_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    # Copies: the file's own memory would keep its room on the disk taken for as long as the run goes on.
+    tensors = {
+        file.stem: {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+        for file in sorted(folder.glob("*.safetensors"))
+    }
     try:
         state = json.loads((folder / "state.json").read_text())
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Runs side by side: a plan, its runs in parallel, and what they say together."""
 
+import json
 import multiprocessing
 import os
 import statistics
@@ -61,7 +62,7 @@ def demo(data: str, out: Path) -> None:
     """Trains GAP, GAP with its PE started at std 1, PVG and MPVG, and says what happened.
 
     Two seeds each; GAP and MPVG also at four times the budget. Runs of an earlier, interrupted demo in the same folder
-    are continued. Writes report.html, curves.svg and correlation.svg (and both as .png) into `out`.
+    are continued. Writes report.html, its two figures as .svg and .png, and results.jsonl, a line a run, into `out`.
 
     Args:
         data: one of DEMOS.
@@ -74,16 +75,18 @@ def demo(data: str, out: Path) -> None:
     short, long = base.epochs, LONGER * base.epochs
     arms = [
         Arm("GAP", "gap", None, short),
-        Arm("GAP, PE started at std 1", "gap", 1.0, short),
+        Arm("GAP, PE std 1", "gap", 1.0, short),
         Arm("PVG", "pvg", None, short),
         Arm("MPVG", "mpvg", None, short),
-        Arm("GAP, longer", "gap", None, long),
-        Arm("MPVG, longer", "mpvg", None, long),
+        Arm("GAP", "gap", None, long),
+        Arm("MPVG", "mpvg", None, long),
     ]
     plan = {(arm, seed): arm.run(base, seed, out) for arm in arms for seed in SEEDS}
     summaries = run_all(list(plan.values()))
     results = {arm: [summaries[plan[arm, seed].out] for seed in SEEDS] for arm in arms}
     folders = {arm: [runs.load(plan[arm, seed].out) for seed in SEEDS] for arm in arms}
+    records = "".join(json.dumps(summaries[config.out]) + "\n" for config in plan.values())
+    (out / "results.jsonl").write_text(records)
     Console().print(_table(results))
     sentence = _what_shrinks(results, arms)
     print(sentence)
@@ -103,11 +106,12 @@ def run_all(configs: Sequence[RunConfig]) -> dict[str, dict[str, Any]]:
     workers = min(os.cpu_count() or 1, len(configs))
     console = Console(soft_wrap=True, highlight=False)
     context = multiprocessing.get_context("spawn")
+    console.print(f"training {len(configs)} networks, {total} epochs in all, {workers} at a time", markup=False)
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
-        task = progress.add_task(f"training {len(configs)} networks (epochs)", total=total)
+        task = progress.add_task("epochs", total=total)
         left: dict[Future[dict[str, Any]], RunConfig] = {pool.submit(_run, c): c for c in longest_first}
         try:
             while left:
@@ -157,11 +161,11 @@ def _rows(results: dict[Arm, list[dict[str, Any]]]) -> list[list[str]]:
     return rows
 
 
-_COLUMNS = ("", "epochs", "accuracy %", "each seed", "NLL", "parameters", "images/s")
+_COLUMNS = ("", "epochs", "accuracy", "each seed, %", "NLL", "parameters", "images/s")
 
 
 def _table(results: dict[Arm, list[dict[str, Any]]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for row in _rows(results):
@@ -267,8 +271,8 @@ small {{ color: #666 }}
 runs at a time as there are cores. A band is the range over the seeds.</p>
 {pictures}
 <p>The second figure is the paper's Fig. 4: the Pearson correlation, over all tokens and channels, between the mean
-token behind a layer's LN and the position embedding which that layer receives. GAP's layers receive none; for them it is
-the raw one. Compare with the untrained network: its tokens still contain the position embedding added to them.</p>
+token behind a layer's LN and the position embedding which that layer receives. GAP's layers receive none; for them it
+is the raw one. The untrained network is the control: its tokens contain the position embedding added to them.</p>
 <p><small>{made}</small></p>
 </body></html>
 """

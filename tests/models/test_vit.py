@@ -688,6 +688,7 @@ NAME = "vit_mini_patch4_32"
         (lambda: create_model(NAME, pretrained=True), r"mpvg_vit_mini_patch4_32 has no pretrained weights"),
         (lambda: timm.create_model(f"mpvg_{NAME}", pretrained=True), r"give checkpoint_path=FILE"),
         (lambda: create_model(NAME, pos_embed="none"), r"pos_embed='none' leaves no position embedding to deliver"),
+        (lambda: create_model(NAME, final_norm=False), r"final_norm=False leaves no Last LN"),
         (lambda: create_model(NAME, pos_embed="", pos_std=1.0), r"pos_embed='' leaves no position embedding"),
     ],
 )

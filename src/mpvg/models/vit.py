@@ -59,6 +59,8 @@ class DeliveredVisionTransformer(VisionTransformer):
                 raise ValueError(f"{name}={kwargs[name]!r}: the method decides it; give method=DeliverySpec(pool=...)")
         if kwargs.get("pos_embed", "learn") != "learn":
             raise ValueError(f"pos_embed={kwargs['pos_embed']!r} leaves no position embedding to deliver; use 'learn'")
+        if not kwargs.get("final_norm", True):
+            raise ValueError("final_norm=False leaves no Last LN, which the read-out needs (Eq. 4); leave it out")
         spec = resolve(method, NetworkTraits(name="ViT", depth=kwargs.get("depth", 12)))
         if not kwargs.get("dynamic_img_pad", False):
             check_divisible(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
@@ -160,18 +162,18 @@ class DeliveredVisionTransformer(VisionTransformer):
         """Images to the tokens that enter layer 0, `(B, N, D)`, and the raw PE, `(1, rows, D)`."""
         x = self.patch_embed(image)
         pos = self.position((x.shape[1], x.shape[2]) if self.dynamic_img_size else None)
-        # The patches come transposed out of the convolution, and sums keep the order of their operands in memory:
-        # without a class token, whose concatenation copies, every LayerNorm of the residual stream would copy again.
-        x = x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        # The patches come transposed out of the convolution, and a sum takes its order in memory from its first
+        # operand: with the PE first the residual stream is contiguous, otherwise every LayerNorm would make a copy.
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         input_pe = self.delivery.spec.input_pe
         if self.no_embed_class and input_pe:
-            x = x + pos
+            x = pos + x
         if prefix:
             x = torch.cat([*prefix, x], dim=1)
         if not self.no_embed_class and input_pe:
-            x = x + pos  # Eqs. (1), (8); LaPE leaves it out, Eq. (5)
-        return self.pos_drop(x), pos
+            x = pos + x  # Eqs. (1), (8); LaPE leaves it out, Eq. (5)
+        return self.pos_drop(x.contiguous()), pos
 
     def _encode(
         self,
@@ -237,7 +239,7 @@ _SIZES: dict[str, dict[str, int]] = {
     "deit_small_patch16_224": {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "deit_base_patch16_224": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
     # Members of our own for small images; the narrow one has the 12 layers that Table 5's k ask for.
-    "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 6, "num_heads": 4},
+    "vit_mini_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
     "vit_mini_patch7_28": {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 4},
     "vit_mini_patch4_28": {"img_size": 28, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4},
     "vit_mini_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},

@@ -1,6 +1,7 @@
 """Optimizer, schedule and averaged weights from timm's parts; the optimizer's state as plain tensors and JSON."""
 
 import difflib
+import json
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     """timm's optimizer of the config's name; 1-D parameters and what the network exempts get no weight decay.
 
     Raises:
-        ValueError: timm knows no such optimizer.
+        ValueError: timm knows no such optimizer, or it asks for more than the config has.
     """
     optim = config.optim
     if optim.name not in (names := list_optimizers()):
@@ -24,16 +25,22 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         raise ValueError(f"optim.name is {optim.name!r}; allowed: timm's names, such as {', '.join(near)}")
     # One fused kernel instead of a dozen small ones a parameter: a sixth of the step of a small network on a CPU.
     fused: dict[str, Any] = {"fused": True} if optim.name == "adamw" else {}
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model,
-        opt=optim.name,
-        lr=config.lr,
-        weight_decay=optim.weight_decay,
-        layer_decay=optim.layer_decay,
-        betas=optim.betas,
-        eps=optim.eps,
-        **fused,
-    )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=config.lr,
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            betas=optim.betas,
+            eps=optim.eps,
+            **fused,
+        )
+    except (AssertionError, IndexError, RuntimeError, TypeError) as error:  # Adan's third beta, a GPU, a package
+        raise ValueError(
+            f"optim.name is {optim.name!r}, which cannot be made here ({error}); give adamw, say"
+        ) from error
+    pack(optimizer)  # refuses what cannot be saved before time is spent on it
     return optimizer
 
 
@@ -51,7 +58,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
 
 
 def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and the rest as JSON-safe values."""
+    """An optimizer's state as named tensors, and the rest as JSON-safe values.
+
+    Raises:
+        ValueError: the state is made of other things.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -64,7 +75,13 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
         # LAMB, for one, counts its steps in a tensor of the group.
         tensors |= {f"group{index}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
         groups.append({k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)})
-    return tensors, {"state": values, "param_groups": groups}
+    rest = {"state": values, "param_groups": groups}
+    try:
+        json.dumps(rest)
+    except TypeError as error:
+        name = type(optimizer).__name__
+        raise ValueError(f"the state of the optimizer {name} cannot be saved ({error}); give adamw, say") from error
+    return tensors, rest
 
 
 def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -65,7 +65,8 @@ class Reporter:
         skipped = f"  {values['skipped']} unreadable images left out" if values["skipped"] else ""
         self._print(
             f"epoch {values['epoch']}/{epochs}  loss {values['train_loss']:.3f}  "
-            f"accuracy {100 * values['accuracy']:.2f} %{ema}  nll {values['nll']:.3f}  {values['images_per_second']:.0f} images/s  {_clock(left)} left{skipped}"
+            f"accuracy {100 * values['accuracy']:.2f} %{ema}  nll {values['nll']:.3f}  "
+            f"{values['images_per_second']:.0f} images/s  {_clock(left)} left{skipped}"
         )
 
     def _print(self, line: str) -> None:

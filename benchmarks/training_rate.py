@@ -1,0 +1,134 @@
+"""Does the training loop keep up with its own step?
+
+    python benchmarks/training_rate.py --json benchmarks/records/training_rate.json
+
+Trains a small ViT on fashion-mnist through mpvg's loop, with augmentation, waiting for data, progress and learning
+rate included, and beside it runs the bare step on one resident batch: forward, backward, optimizer. The two take turns
+in one process, a stretch of steps each, so that a change of the machine's speed meets both. Printed are images a second
+of each, and the median over the pairs of loop / bare with a 95 % interval, by wall and by CPU time. The bare step
+compared with itself is the control: where its interval excludes 1 or leaves 1 +- 3 %, the run is not to be used.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mpvg import runs
+from mpvg.recipes import recipe
+from mpvg.training.loop import Trainer
+from mpvg.training.progress import Reporter
+
+LIMIT = 0.95
+Times = tuple[float, float]
+"""Wall and CPU seconds."""
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=4, help="steps in a stretch")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(recipe(None, given.data), threads=given.threads, device="cpu", out=folder)
+        trainer = Trainer.of(config, quiet=True)
+        turns = TakeTurns(bare_stretch(trainer, given.steps), given.steps, given.pairs)
+        with contextlib.suppress(Enough):
+            trainer.train_epoch(turns)
+    images = given.steps * config.batch_size
+    result = {
+        "model": config.model,
+        "augmentation": config.to_dict()["augment"],
+        "images_per_second": {n: images / statistics.median(r[n][0] for r in turns.rounds) for n in ("loop", "bare")},
+        "loop / bare, wall": ratio([r["bare"][0] / r["loop"][0] for r in turns.rounds]),
+        "loop / bare, CPU": ratio([r["bare"][1] / r["loop"][1] for r in turns.rounds]),
+        "control, wall": ratio([r["bare"][0] / r["control"][0] for r in turns.rounds]),
+        "control, CPU": ratio([r["bare"][1] / r["control"][1] for r in turns.rounds]),
+        "limit": LIMIT,
+        "environment": runs.environment(),
+        "rounds": turns.rounds,
+    }
+    print(f"{config.model} on {given.data}, batch {config.batch_size}, {given.threads} thread(s), {given.pairs} pairs")
+    for name, rate in result["images_per_second"].items():
+        print(f"  {name:18s} {rate:8.0f} images/s")
+    for name in ("loop / bare, wall", "loop / bare, CPU", "control, wall", "control, CPU"):
+        low, median, high = result[name]
+        print(f"  {name:18s} {median:8.3f}  [{low:.3f}, {high:.3f}]" + (f"  limit {LIMIT}" if "loop" in name else ""))
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Enough(Exception):
+    """All pairs are measured."""
+
+
+class TakeTurns(Reporter):
+    """Called by the loop after each step: lets the bare step take its turn after every few of them."""
+
+    def __init__(self, bare: Callable[[], Times], steps: int, pairs: int) -> None:
+        super().__init__(total=steps * (pairs + 2), quiet=True)
+        self.bare, self.steps, self.pairs = bare, steps, pairs
+        self.rounds: list[dict[str, Times]] = []
+        self.left = now()
+
+    def step(self, epoch: int, step: int, loss: float, rate: float) -> None:
+        super().step(epoch, step, loss, rate)
+        if step % self.steps:
+            return
+        loop = since(self.left)
+        self.rounds.append({"loop": loop, "bare": self.bare(), "control": self.bare()})
+        if len(self.rounds) == self.pairs + 2:
+            del self.rounds[:2]  # warm-up
+            raise Enough
+        self.left = now()
+
+
+def bare_stretch(trainer: Trainer, steps: int) -> Callable[[], Times]:
+    """Forward, backward and optimizer on one resident batch."""
+    images, targets = next(iter(trainer.data.train.epoch()))
+    model, optimizer = trainer.network, trainer.optimizer.optimizer
+
+    def stretch() -> Times:
+        begun = now()
+        for _ in range(steps):
+            F.cross_entropy(model(images), targets, label_smoothing=0.1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return since(begun)
+
+    return stretch
+
+
+def now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def since(begun: Times) -> Times:
+    wall, cpu = now()
+    return wall - begun[0], cpu - begun[1]
+
+
+def ratio(values: list[float]) -> tuple[float, float, float]:
+    """Median with a 95 % bootstrap interval: low, median, high."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return medians[50], statistics.median(values), medians[1949]
+
+
+if __name__ == "__main__":
+    main()

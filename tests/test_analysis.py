@@ -1,0 +1,116 @@
+"""What a network costs, and Fig. 4, against plain computations."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpvg.analysis import inspect, position_correlation
+from mpvg.delivery import METHODS, describe
+from mpvg.models import create_model, model_names
+
+EPS = 1e-6
+
+
+def by_hand(model: Any, images: Tensor) -> list[float]:
+    """Fig. 4 for a ViT: its layers one by one, the chain of LN' by the words of `describe`."""
+    spec, depth = model.delivery.spec, len(model.blocks)
+    pos = model.pos_embed
+    x = model.patch_embed(images).flatten(1, -2)
+    if model.cls_token is not None:
+        x = torch.cat([model.cls_token.expand(len(images), -1, -1), x], dim=1)
+    if spec.input_pe:
+        x = x + pos
+    values: list[float] = []
+
+    def correlate(tokens: Tensor, pe: Tensor) -> None:
+        first = 0 if model.cls_token is None else 1
+        a, b = tokens.mean(dim=0)[first:].flatten().numpy(), pe[0, first:].flatten().numpy()
+        values.append(float(np.corrcoef(a.astype(np.float64), b.astype(np.float64))[0, 1]))
+
+    chain = {0: pos}
+    previous = pos
+    for layer, block in enumerate(model.blocks):
+        received = None
+        if spec.first_layer is not None and layer >= spec.first_layer:
+            norm = model.delivery.layer_norms[str(layer)]
+            received = F.layer_norm(previous if spec.hierarchical else pos, pos.shape[-1:], norm.weight, norm.bias, EPS)
+            previous = received
+            if layer > 0:  # pos_0 is always the raw PE
+                chain[layer] = received
+        normed = block.norm1(x)
+        correlate(normed, pos if received is None else received)
+        x = x + block.attn(normed if received is None else normed + received)
+        x = x + block.mlp(block.norm2(x))
+    last = pos
+    if spec.last_index is not None:
+        norm = model.delivery.last_norm
+        last = F.layer_norm(chain[spec.last_index], pos.shape[-1:], norm.weight, norm.bias, EPS)
+    correlate(model.norm(x), last)
+    assert len(values) == depth + 1
+    return values
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_correlation_is_that_of_the_mean_token_with_what_its_layer_receives(method: str) -> None:
+    model = create_model("vit_narrow_patch4_28", method, num_classes=3, img_size=8, in_chans=1).double()
+    for parameter in model.parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    model.train()
+    actual = position_correlation(model, images)
+    assert actual == pytest.approx(by_hand(model.eval(), images), abs=1e-9)
+    assert len(set(actual)) == 13
+    assert all(-1 <= value <= 1 for value in actual)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_hooks_are_gone_after_an_error_too() -> None:
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    with pytest.raises(AssertionError):
+        position_correlation(model, torch.zeros(1, 3, 9, 9))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("method", ["default", "gap", "mpvg"])
+def test_an_inspection_counts_what_the_network_has(name: str, method: str) -> None:
+    found = inspect(name, method, num_classes=7)
+    with torch.device("meta"):
+        model: Any = create_model(name, method, num_classes=7)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    delivery = [p.numel() for part, p in model.named_parameters() if part.startswith("delivery.")]
+    assert found.delivery_parameters == sum(delivery)
+    assert (found.delivery_parameters == 0) == (method != "mpvg")
+    assert found.depth == len(model.blocks) == len(describe(found.spec, found.depth)) - 2
+    assert found.spec == METHODS[method]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("default", 5_717_416), ("gap", 5_717_032), ("mpvg", 5_721_640), ("pvg", 5_721_256)]
+)
+def test_deit_tiny_has_the_published_size(method: str, parameters: int) -> None:
+    """DeiT-Ti is 5,717,416 at facebookresearch/deit; without class token, 2 x 192 fewer; an LN' has 384."""
+    assert inspect("deit_tiny_patch16_224", method).parameters == parameters
+
+
+def test_flops_are_two_for_each_multiply_add() -> None:
+    found = inspect("vit_mini_patch2_8", "gap", num_classes=10, in_chans=1)
+    model: Any = create_model("vit_mini_patch2_8", "gap", num_classes=10, in_chans=1)
+    tokens, width, heads, patch = 16, model.embed_dim, model.blocks[0].attn.num_heads, 2 * 2 * 1
+    layer = tokens * width * 3 * width + 2 * heads * tokens * tokens * (width // heads)
+    layer += tokens * width * width + 2 * tokens * width * 4 * width
+    assert found.flops == 2 * (tokens * patch * width + len(model.blocks) * layer + width * 10)
+    assert found.image == (1, 8, 8)
+
+
+def test_arguments_and_refusals_are_those_of_create_model() -> None:
+    assert inspect("deit_tiny_patch16_224", "mpvg", img_size=32, in_chans=1).image == (1, 32, 32)
+    with pytest.raises(ValueError, match="unknown model 'deit'"):
+        inspect("deit", "mpvg")
+    with pytest.raises(ValueError, match="last_index 8"):
+        inspect("vit_mini_patch2_8", "mpvg_last8")

@@ -1,0 +1,351 @@
+"""What a run leaves on disk, and what comes back from there."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mpvg import runs
+from mpvg.config import LoaderConfig, NetworkConfig, RunConfig
+from mpvg.delivery import DeliverySpec
+from mpvg.recipes import recipe
+from mpvg.tasks import evaluate
+from mpvg.training import loop, resume, train
+
+OWN = DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)
+"""A researcher's own method, which has no name."""
+
+
+def config_for(out: Path, **changes: Any) -> RunConfig:
+    base = replace(recipe(None, "digits"), epochs=1, batch_size=256, device="cpu", threads=1, out=str(out))
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an own method, for one epoch."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train(config_for(path, method=OWN.to_dict(), ema_decay=0.5), quiet=True)
+    return path
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """The run's files, to be damaged; it can be resumed, as its summary is missing."""
+    path = tmp_path / "copy"
+    shutil.copytree(trained, path, symlinks=True)
+    (path / "summary.json").unlink()
+    return path
+
+
+# ---- what is written
+
+
+def test_a_run_folder_holds_what_is_promised(trained: Path) -> None:
+    names = {str(file.relative_to(trained)) for file in trained.rglob("*") if not file.is_dir() or file.is_symlink()}
+    step = "checkpoints/step-00000005"
+    assert names == {
+        "config.yaml",
+        "environment.json",
+        "data.json",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/last",
+        "checkpoints/best",
+        *(f"{step}/{name}" for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")),
+    }
+
+
+def test_the_config_is_the_resolved_one(trained: Path) -> None:
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    assert written == config_for(trained, method=OWN.to_dict(), ema_decay=0.5).to_dict()
+    assert runs.load(trained).config == config_for(trained, method=OWN.to_dict(), ema_decay=0.5)
+
+
+def test_the_threads_that_were_used_are_written(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    trainer = loop.Trainer.of(config_for(tmp_path / "run", threads=None), quiet=True)
+    run = runs.start(trainer.config, trainer.data.info)
+    assert runs.load(run.path).config.threads == 2
+    assert json.loads((run.path / "environment.json").read_text())["threads"] == 2
+
+
+def test_the_environment_names_what_the_numbers_depend_on(trained: Path) -> None:
+    values = json.loads((trained / "environment.json").read_text())
+    assert values.keys() == {"date", "command", "python", "versions", "commit", "hardware", "threads"}
+    assert values["threads"] == 1
+    assert values["versions"]["torch"] == metadata.version("torch")
+    assert values["versions"].keys() >= {"mpvg", "torch", "timm", "numpy"}
+    assert f"{os.cpu_count()} cores" in values["hardware"]
+
+
+def test_the_data_are_described(trained: Path) -> None:
+    info = runs.load(trained).info
+    assert info.class_names == tuple("0123456789")
+    assert (info.name, info.in_chans, info.img_size, info.train_size, info.val_size) == ("digits", 1, 8, 1437, 360)
+
+
+def test_the_summary_is_one_line_with_what_a_study_collects(trained: Path) -> None:
+    text = (trained / "summary.json").read_text()
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    summary = json.loads(text)
+    run = runs.load(trained)
+    assert summary == run.summary()
+    assert summary["config_hash"] == run.config.digest()
+    assert summary["method"] == OWN.to_dict()
+    assert summary["seed"] == 0
+    assert summary["hardware"] == runs.hardware()
+    assert summary["commit"] == runs.commit()
+    (line,) = run.metrics()
+    for name in ("accuracy", "nll", "ema_accuracy", "ema_nll"):
+        assert summary[name] == line[name]
+    assert summary["best_accuracy"] == line["accuracy"]
+    assert summary["parameters"] == sum(parameter.numel() for parameter in run.model().parameters())
+
+
+def test_the_commit_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = runs.commit()
+    assert found is None or len(found.removesuffix("-dirty")) == 12
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.commit() is None
+
+
+# ---- what comes back
+
+
+def test_an_own_method_survives_the_folder_with_its_weights(trained: Path) -> None:
+    run = runs.load(trained)
+    model: Any = run.model()
+    assert model.delivery.spec == OWN
+    assert not model.training
+    images, _ = next(iter(run.data(torch.device("cpu")).val.epoch()))
+    other: Any = runs.build_model(run.config, run.info)
+    other.load_state_dict(runs.load_checkpoint(trained)[0]["model"])
+    assert torch.equal(model(images), other.eval()(images))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_loaded_model_scores_what_the_metrics_say(trained: Path, ema: bool) -> None:
+    run = runs.load(str(trained))
+    (line,) = run.metrics()
+    prefix = "ema_" if ema else ""
+    for which in ("last", "best"):
+        scores = evaluate(run.model(which, ema=ema), run.data(torch.device("cpu")).val)  # type: ignore[arg-type]
+        assert scores.accuracy == line[f"{prefix}accuracy"]
+        assert scores.top5 == line[f"{prefix}top5"]
+        assert scores.nll == line[f"{prefix}nll"]
+    assert line["nll"] != line["ema_nll"]
+
+
+def test_the_preprocessing_is_that_of_validation(trained: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    run = runs.load(trained)
+    digits = load_digits()
+    _, images, _, targets = train_test_split(
+        digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0
+    )
+    batch, classes = next(iter(run.data(torch.device("cpu")).val.epoch()))
+    assert classes.tolist() == targets[: len(classes)].tolist()
+    for image, expected in zip(images[:20], batch, strict=False):
+        picture = Image.fromarray((image * 255 / 16).round().astype("uint8"))
+        assert torch.equal(run.preprocess()(picture), expected)
+
+
+def test_a_config_of_a_run_trains_the_same_again(trained: Path, tmp_path: Path) -> None:
+    config = replace(runs.read_config(trained / "config.yaml"), out=str(tmp_path / "again"))
+    train(config, quiet=True)
+    weights = "checkpoints/last/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (trained / weights).read_bytes()
+
+
+def test_there_are_no_averages_where_none_were_made(tmp_path: Path) -> None:
+    train(config_for(tmp_path / "run", batch_size=1400), quiet=True)
+    with pytest.raises(FileNotFoundError, match=r"no ema\.safetensors in .*; averaged weights need --ema_decay"):
+        runs.load(tmp_path / "run").model(ema=True)
+
+
+# ---- what is refused
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no run: config\.yaml is missing; give a folder that `mpvg train`"
+    ):
+        runs.load(tmp_path)
+    (copy / "data.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no run: data\.json is missing"):
+        runs.load(copy)
+
+
+def test_a_taken_folder_is_refused_before_anything_is_read(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=f"already holds a run; continue it with `mpvg train --resume {trained}`"):
+        train(config_for(trained, data="no such data"))
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not empty, but holds no run; give another --out"):
+        train(config_for(tmp_path, data="no such data"))
+    with pytest.raises(FileExistsError, match=r"thesis\.tex exists and is not empty, but holds no run"):
+        train(config_for(tmp_path / "thesis.tex"))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_and_one_whose_making_was_cut_off_are_free(tmp_path: Path) -> None:
+    runs.check_free(tmp_path)
+    (tmp_path / "data.json").write_text("{}")
+    (tmp_path / ".environment.json.writing").write_text("{")
+    runs.check_free(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileExistsError):
+        runs.check_free(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", "a: [1", r"config\.yaml is no readable YAML"),
+        ("config.yaml", "just words", r"config\.yaml holds no config"),
+        ("config.yaml", "data: digits", r"config\.yaml: config key model is missing"),
+        ("data.json", "{", r"data\.json is damaged .*; restore it from a copy"),
+        ("data.json", '{"name": "digits"}', r"data\.json is damaged"),
+        ("data.json", "[]", r"data\.json is damaged"),
+        ("checkpoints/last/state.json", "{", r"state\.json is damaged"),
+        ("checkpoints/last/state.json", "{}", r"checkpoints/last is damaged \(KeyError: 'digest'\); restore it"),
+        ("checkpoints/last/state.json", "[]", r"checkpoints/last is damaged \(TypeError"),
+        ("checkpoints/last/model.safetensors", "", r"model\.safetensors is damaged or no \.safetensors file"),
+        ("checkpoints/last/optimizer.safetensors", "x" * 99, r"optimizer\.safetensors is damaged"),
+        ("checkpoints/last/optimizer.safetensors", None, r"checkpoints/last is damaged \(KeyError: 'optimizer'\)"),
+        ("checkpoints/last/ema.safetensors", None, r"checkpoints/last is damaged \(KeyError: 'ema'\)"),
+    ],
+)
+def test_a_damaged_file_is_named(copy: Path, file: str, content: str | None, message: str) -> None:
+    if content is None:
+        (copy / file).unlink()
+    else:
+        (copy / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        resume(copy, quiet=True)
+
+
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_a_checkpoint_that_was_cut_off_is_refused(copy: Path, file: str, share: float) -> None:
+    path = copy / f"checkpoints/last/{file}.safetensors"
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(ValueError, match=f"{file}.safetensors is damaged"):
+        resume(copy, quiet=True)
+
+
+def test_weights_of_another_network_are_refused(copy: Path, tmp_path: Path) -> None:
+    train(config_for(tmp_path / "other", method="gap", batch_size=1400), quiet=True)
+    shutil.copy(tmp_path / "other/checkpoints/last/model.safetensors", copy / "checkpoints/last/model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoints/last is damaged .*Missing key"):
+        resume(copy, quiet=True)
+    with pytest.raises(ValueError, match=r"is of another model or method: .* is missing"):
+        runs.load(copy).model()
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_config_that_was_changed_since_is_refused(copy: Path, trained: Path, complete: bool) -> None:
+    if complete:
+        shutil.copy(trained / "summary.json", copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("epochs: 1\n", "epochs: 2\n", 1))
+    with pytest.raises(
+        ValueError, match=r"config\.yaml was changed since the run was saved .*; undo the change to resume"
+    ):
+        resume(copy, quiet=True)
+    (copy / "config.yaml").write_text(text.replace("threads: 1\n", "threads: 2\n"))
+    resume(copy, quiet=True)  # with what hardware is no matter of what is trained
+
+
+def test_other_data_under_the_same_name_are_refused(copy: Path) -> None:
+    values = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(values | {"class_names": ["cat", "dog"]}))
+    with pytest.raises(ValueError, match=r"digits has 10 classes \(0, 1, 2, 3, 4, \.\.\.\), but .* on 2 \(cat, dog\)"):
+        resume(copy, quiet=True)
+    with pytest.raises(ValueError, match="digits has 10 classes"):
+        runs.load(copy).data(torch.device("cpu"))
+
+
+def test_data_that_are_prepared_in_another_way_are_refused(trained: Path) -> None:
+    run = runs.load(trained)
+    larger = replace(run, config=replace(run.config, network=NetworkConfig(img_size=16)))
+    with pytest.raises(
+        ValueError, match=r"images of digits are prepared as 1 x 16 x 16, .* trained on 1 x 8 x 8, mean"
+    ):
+        larger.data(torch.device("cpu"))
+
+
+# ---- the metrics
+
+
+def test_metrics_are_cut_to_whole_lines_up_to_a_step(tmp_path: Path) -> None:
+    for epoch in (1, 2, 3):
+        runs.append_metrics(tmp_path, {"epoch": epoch, "step": 10 * epoch})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "st')  # a process that was killed
+    run = runs.Run(tmp_path, config_for(tmp_path), None)  # type: ignore[arg-type]
+    assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
+    runs.cut_metrics(tmp_path, 20)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "step": 10}\n{"epoch": 2, "step": 20}\n'
+    runs.cut_metrics(tmp_path, 0)
+    assert run.metrics() == []
+
+
+def test_numbers_in_the_metrics_are_exact(tmp_path: Path) -> None:
+    value = math.pi / 3 * 1e-7
+    runs.append_metrics(tmp_path, {"step": 1, "nll": value})
+    assert runs.Run(tmp_path, config_for(tmp_path), None).metrics()[0]["nll"] == value  # type: ignore[arg-type]
+
+
+# ---- checkpoints
+
+
+def save(path: Path, step: int, *, best: bool) -> None:
+    runs.save_checkpoint(path, step, {"model": {"w": torch.full((3,), float(step))}}, {"step": step}, best=best)
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
+    kept = []
+    for step, best in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False)):
+        save(tmp_path, step, best=best)
+        kept.append(sorted(int(file.name[5:]) for file in (tmp_path / "checkpoints").glob("step-*")))
+        tensors, state = runs.load_checkpoint(tmp_path)
+        assert (tensors["model"]["w"].tolist(), state) == ([step] * 3, {"step": step})
+    assert kept == [[1], [2], [2, 3], [2, 4], [5], [5, 6]]
+    assert json.loads((runs.checkpoint_folder(tmp_path, "best") / "state.json").read_text()) == {"step": 5}
+    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == [
+        "best",
+        "last",
+        "step-00000005",
+        "step-00000006",
+    ]
+
+
+def test_there_is_no_checkpoint_before_the_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no 'best' checkpoint; it stopped before the first was saved"):
+        runs.checkpoint_folder(tmp_path, "best")
+
+
+def test_a_folder_can_be_moved_with_its_links(tmp_path: Path) -> None:
+    save(tmp_path / "old", 1, best=True)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert runs.load_checkpoint(tmp_path / "new")[1] == {"step": 1}
+
+
+def test_the_loader_may_be_another_on_another_machine() -> None:
+    config = config_for(Path("x"))
+    assert config.digest() == replace(config, loader=LoaderConfig(root="elsewhere", workers=9)).digest()

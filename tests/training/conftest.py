@@ -1,0 +1,170 @@
+"""A small data set, a run with everything on, what of a run must be reproducible, and processes that can be killed."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
+
+TIMINGS = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="session")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10's binary version with 5 x 10 training and 13 test images."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("cifar")
+    for name, size in [*((f"data_batch_{n}", 10) for n in range(1, 6)), ("test_batch", 13)]:
+        records = rng.integers(0, 256, (size, 3073), dtype=np.uint8)
+        records[:, 0] = rng.integers(0, 10, size)
+        (root / f"{name}.bin").write_bytes(records.tobytes())
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    (root / "batches.meta.txt").write_text(names.replace(" ", "\n"))
+    return root
+
+
+@pytest.fixture
+def everything() -> RunConfig:
+    """Digits with all that draws random numbers or keeps a state; `out` is to be given."""
+    return RunConfig(
+        data="digits",
+        model="vit_mini_patch2_8",
+        epochs=1,
+        batch_size=64,
+        lr=2e-3,
+        recipe="none",
+        device="cpu",
+        threads=1,
+        ema_decay=0.9,
+        network=NetworkConfig(drop_path=0.3),
+        augment=AugmentConfig(
+            crop_padding=1,
+            hflip=0.5,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            erase=0.5,
+            mixup=0.8,
+            cutmix=1.0,
+            smoothing=0.1,
+        ),
+        optim=OptimConfig(warmup_epochs=0.5, clip_grad=1.0),
+    )
+
+
+@pytest.fixture
+def tiny(everything: RunConfig, cifar_root: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """The same on 50 images of 8x8, 6 steps an epoch; arguments: the name of its folder, and what else is changed."""
+
+    def make(name: str = "run", **changes: Any) -> RunConfig:
+        network, loader = replace(everything.network, img_size=8), LoaderConfig(root=str(cifar_root))
+        own = {"data": "cifar10", "batch_size": 8, "epochs": 3, "network": network, "loader": loader}
+        return replace(everything, **(own | {"out": str(tmp_path / name)} | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[[str | Path], dict[str, Any]]:
+    """All of a complete run that must be the same in another that did the same, to the last bit."""
+
+    def read(path: str | Path) -> dict[str, Any]:
+        path = Path(path)
+        found: dict[str, Any] = {}
+        for which in ("last", "best"):
+            folder = path / "checkpoints" / which
+            found[which] = folder.readlink().name
+            found |= {f"{which}/{file.name}": file.read_bytes() for file in folder.glob("*.safetensors")}
+        state = json.loads((path / "checkpoints/last/state.json").read_text())
+        found["position"] = {k: v for k, v in state.pop("position").items() if k not in TIMINGS}
+        found["state"] = state
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        found["metrics"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+        summary = json.loads((path / "summary.json").read_text())
+        found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date")}
+        found["files"] = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+        return found
+
+    return read
+
+
+@dataclass
+class Child:
+    """A process, in a group of its own, that runs one `mpvg` command."""
+
+    process: BaseProcess
+    log: int
+    """Where it prints to: a pipe, because a process whose files may not grow could not print into one."""
+
+    def wait(self) -> int:
+        """Waits for its end and returns its exit code."""
+        self.process.join(timeout=120)
+        assert self.process.exitcode is not None, f"hangs: {self.said()}"
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """What it has printed since the last call, to both outputs."""
+        return os.read(self.log, 2**16).decode()
+
+    def members(self) -> list[int]:
+        """The living processes of its group: itself and its loader's workers."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, group = entry.read_text().rsplit(")", 1)[1].split()[:3]
+            except OSError:
+                continue
+            if int(group) == self.process.pid and state != "Z":
+                found.append(int(entry.parent.name))
+        return found
+
+    def kill(self) -> int:
+        """SIGKILL to the whole group; returns how many processes it had."""
+        assert self.process.pid is not None
+        members = len(self.members())
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended, or has no group of its own yet
+            self.process.kill()
+        self.process.join(timeout=30)
+        for _ in range(500):
+            if not self.members():
+                return members
+            time.sleep(0.01)
+        raise AssertionError("a process of the group survived SIGKILL")
+
+
+@pytest.fixture
+def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """Starts `mpvg` commands in processes forked from one that has imported torch, which takes seconds, before.
+
+    `at_rename` is a pair: when a file is about to be renamed to the first, no file may grow beyond the second, in bytes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "mpvg.cli", "mpvg.training", "jsonargparse", "torch.utils.data"])
+    children: list[Child] = []
+
+    def start(*arguments: object, at_rename: tuple[str, int] | None = None) -> Child:
+        log = tmp_path / f"log-{len(children)}.txt"
+        os.mkfifo(log)
+        reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        values = {"ARGUMENTS": [str(a) for a in arguments], "LOG": str(log), "AT_RENAME": at_rename}
+        child = context.Process(target=runpy.run_path, args=(str(Path(__file__).with_name("child.py")), values))
+        child.start()
+        children.append(Child(child, reader))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.process.is_alive():
+            child.kill()
+        os.close(child.log)

@@ -1,0 +1,394 @@
+"""The same run twice, a run interrupted anywhere, a run whose loss is no number: what is left in the folder."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mpvg import runs
+from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
+from mpvg.training import NonFiniteLoss, loop, resume, train
+
+MakeConfig = Callable[..., RunConfig]
+Record = Callable[[str | Path], dict[str, Any]]
+
+
+class Stop(BaseException):
+    """What interrupts a run; no part of the package can take it for an error of its own."""
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any], where: str = "") -> None:
+    """Names what differs, instead of showing megabytes of weights."""
+    assert [name for name in actual | expected if actual.get(name) != expected.get(name)] == [], where
+
+
+# ---- the same command
+
+
+def test_the_same_config_twice_gives_the_same_bits_and_another_seed_others(
+    everything: RunConfig, tmp_path: Path, record: Record
+) -> None:
+    summaries = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(7), np.random.rand(3)  # noqa: NPY002  what was drawn before must not matter
+        summaries[name] = train(replace(everything, out=str(tmp_path / name), seed=seed), quiet=True)
+    a, b, c = (record(tmp_path / name) for name in "abc")
+    assert_same(b, a)
+    assert "last/ema.safetensors" in a
+    for file in ("model", "ema", "optimizer"):
+        assert a[f"last/{file}.safetensors"] != c[f"last/{file}.safetensors"]
+    assert summaries["a"]["nll"] != summaries["c"]["nll"]
+
+
+def test_each_setting_reaches_the_training(tiny: MakeConfig, record: Record) -> None:
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("network", {"drop_path": 0.0}),
+        ("network", {"pos_std": 1.0}),
+        ("augment", {"crop_padding": 0}),
+        ("augment", {"hflip": 0.0}),
+        ("augment", {"auto_augment": None}),
+        ("augment", {"erase": 0.0}),
+        ("augment", {"mixup": 0.0}),
+        ("augment", {"cutmix": 0.0}),
+        ("augment", {"mix_prob": 0.0}),
+        ("augment", {"mix_switch": 1.0}),
+        ("augment", {"smoothing": 0.0}),
+        ("optim", {"clip_grad": None}),
+        ("optim", {"warmup_epochs": 0.0}),
+        ("optim", {"weight_decay": 0.0}),
+        ("optim", {"betas": (0.8, 0.999)}),
+        ("optim", {"eps": 1e-3}),
+        ("optim", {"layer_decay": 0.5}),
+        ("optim", {"warmup_lr": 1e-4}),
+        ("optim", {"min_lr": 1e-3}),
+    ]
+    base = tiny("base", epochs=1, batch_size=16)
+    train(base, quiet=True)
+    weights = record(base.out)["last/model.safetensors"]
+    for number, (part, change) in enumerate(changes):
+        config = replace(base, out=f"{base.out}-{number}", **{part: replace(getattr(base, part), **change)})
+        train(config, quiet=True)
+        assert record(config.out)["last/model.safetensors"] != weights, (part, change)
+
+
+def test_the_average_follows_the_weights_with_the_decay_that_was_asked_for(tiny: MakeConfig) -> None:
+    config = tiny(epochs=1, batch_size=50, ema_decay=0.75)  # one step
+    train(config, quiet=True)
+    run = runs.load(config.out)
+    loop.seed_everything(config.seed)
+    start = runs.build_model(run.config, run.info).state_dict()
+    weights, average = run.model().state_dict(), run.model(ema=True).state_dict()
+    assert any(not torch.equal(start[name], weights[name]) for name in start)
+    for name in start:
+        torch.testing.assert_close(average[name], 0.75 * start[name] + 0.25 * weights[name], rtol=1e-6, atol=1e-7)
+
+
+# ---- interrupted and resumed
+
+
+@pytest.fixture
+def stop_at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Makes the step of a number, counted from 1, the one that is not done."""
+    original = loop.Trainer._step
+
+    def arrange(number: int | None) -> None:
+        def step(self: Any, images: torch.Tensor, targets: torch.Tensor) -> float:
+            if self.position.step + 1 == number:
+                raise Stop
+            return original(self, images, targets)
+
+        monkeypatch.setattr(loop.Trainer, "_step", step)
+
+    return arrange
+
+
+def test_a_stopped_run_ends_as_if_it_had_not_been(
+    tiny: MakeConfig, record: Record, stop_at_step: Callable[[int | None], None]
+) -> None:
+    """Before the first checkpoint, beside one, behind one, at an epoch's end, in the last step, again and again."""
+    whole = tiny("whole", save_steps=4)
+    train(whole, quiet=True)
+    expected = record(whole.out)
+    for stops in [(1,), (2,), (4,), (5,), (6,), (7,), (12,), (18,), (3, 3, 10), tuple(range(2, 19, 3))]:
+        stopped = tiny(f"stopped-{stops}", save_steps=4)
+        for count, stop in enumerate(stops):
+            stop_at_step(stop)
+            with pytest.raises(Stop):
+                train(stopped, quiet=True) if count == 0 else resume(stopped.out, quiet=True)
+            assert not (Path(stopped.out) / "summary.json").exists()
+        stop_at_step(None)
+        resume(stopped.out, quiet=True)
+        assert_same(record(stopped.out), expected, f"stopped at {stops}")
+
+
+def test_a_resumed_run_does_not_repeat_what_was_saved(
+    tiny: MakeConfig, stop_at_step: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(save_steps=2)
+    stop_at_step(12)
+    with pytest.raises(Stop):
+        train(config, quiet=True)
+    stop_at_step(None)
+    done: list[int] = []
+    step = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: done.append(s.position.step) or step(s, *batch))
+    resume(config.out, quiet=True)
+    assert done == list(range(10, 18))  # step 12 fell, and 10 were saved
+
+
+@pytest.fixture
+def stop_at_file(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], list[str]]:
+    """Raises before the n-th operation, from 0, that changes a file below a folder; returns those so far."""
+    operations = ("os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir")
+    now: dict[str, Any] = {"seen": []}
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        if "folder" not in now or event not in (*operations, "open"):
+            return
+        if event == "open" and (not isinstance(values[2], int) or not values[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        inside = str(values[1] if event == "os.symlink" else values[0]).startswith(now["folder"])
+        if not inside and not (event in ("os.remove", "os.rmdir") and values[1] != -1):  # rmtree's names are relative
+            return
+        now["seen"].append(f"{event} {values[0]}")
+        if len(now["seen"]) == now["number"] + 1:
+            del now["folder"]
+            raise Stop
+
+    sys.addaudithook(hook)  # for the life of the process, so it must know when it is not wanted
+
+    def arrange(folder: Path, number: int) -> list[str]:
+        now.update(folder=str(folder), number=number, seen=[])
+        return now["seen"]
+
+    monkeypatch.setattr(sys, "_stop_at_file", now, raising=False)
+    yield arrange
+    now.pop("folder", None)
+
+
+def test_a_run_that_dies_at_any_file_operation_is_continued_to_the_same_bits(
+    tiny: MakeConfig, record: Record, stop_at_file: Callable[[Path, int], list[str]]
+) -> None:
+    """In the folder's making, in two checkpoints, one of which removes the other, in the metrics and the summary."""
+    sizes = {"epochs": 1, "batch_size": 25, "save_steps": 1, "augment": AugmentConfig(), "ema_decay": None}
+    whole = tiny("whole", **sizes)
+    seen = stop_at_file(Path(whole.out), 10**6)
+    train(whole, quiet=True)
+    operations = list(seen)
+    expected = record(whole.out)
+    assert len(operations) > 30
+    assert {operation.split()[0] for operation in operations} == {
+        "open",
+        "os.mkdir",
+        "os.rename",
+        "os.symlink",
+        "os.remove",
+        "os.rmdir",
+    }
+    for number, operation in enumerate(operations):
+        config = tiny(f"died-{number}", **sizes)
+        stop_at_file(Path(config.out), number)
+        with pytest.raises(Stop):
+            train(config, quiet=True)
+        stop_at_file(Path(config.out), 10**6)
+        if (Path(config.out) / "config.yaml").exists():
+            resume(config.out, quiet=True)
+        else:
+            train(config, quiet=True)  # what a user does: the same command again
+        assert_same(record(config.out), expected, operation)
+
+
+def test_resuming_a_complete_run_changes_nothing(tiny: MakeConfig) -> None:
+    config = tiny(epochs=1)
+    summary = train(config, quiet=True)
+    files = {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")}
+    assert resume(config.out, quiet=True) == summary
+    assert {file: file.stat().st_mtime_ns for file in Path(config.out).rglob("*")} == files
+
+
+def test_a_moved_run_is_continued_where_it_lies(
+    tiny: MakeConfig, record: Record, tmp_path: Path, stop_at_step: Callable[[int | None], None]
+) -> None:
+    train(tiny("whole"), quiet=True)
+    stop_at_step(9)
+    with pytest.raises(Stop):
+        train(tiny("old"), quiet=True)
+    stop_at_step(None)
+    (tmp_path / "old").rename(tmp_path / "new")
+    resume(tmp_path / "new", quiet=True)
+    assert not (tmp_path / "old").exists()
+    assert_same(record(tmp_path / "new"), record(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lion"])
+def test_other_optimizers_are_resumed_exactly_too(
+    tiny: MakeConfig, record: Record, stop_at_step: Callable[[int | None], None], name: str
+) -> None:
+    optim = OptimConfig(name=name, layer_decay=0.8)
+    whole, stopped = (tiny(out, epochs=2, save_steps=4, optim=optim) for out in ("whole", "stopped"))
+    train(whole, quiet=True)
+    stop_at_step(10)
+    with pytest.raises(Stop):
+        train(stopped, quiet=True)
+    stop_at_step(None)
+    resume(stopped.out, quiet=True)
+    assert_same(record(stopped.out), record(whole.out))
+
+
+def test_a_resumed_run_counts_unreadable_images_as_one_that_was_not_stopped(
+    tmp_path: Path, record: Record, stop_at_step: Callable[[int | None], None]
+) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    for name in "ab":
+        (tmp_path / "images/train" / name / "0.png").write_bytes(b"no image")
+    config = RunConfig(
+        data=str(tmp_path / "images"),
+        model="vit_mini_patch2_8",
+        epochs=2,
+        batch_size=2,
+        lr=1e-3,
+        recipe="none",
+        device="cpu",
+        threads=1,
+        save_steps=1,
+        network=NetworkConfig(img_size=8),
+        augment=AugmentConfig(),
+        loader=LoaderConfig(workers=0, skip_corrupt=True),
+    )
+    assert train(replace(config, out=str(tmp_path / "whole")), quiet=True)["skipped"] == 4  # 2 images, 2 epochs
+    for stop in (4, 7):
+        stop_at_step(stop)
+        with pytest.raises(Stop):
+            begun = (tmp_path / "stopped").exists()
+            resume(tmp_path / "stopped") if begun else train(replace(config, out=str(tmp_path / "stopped")))
+    stop_at_step(None)
+    assert resume(tmp_path / "stopped", quiet=True)["skipped"] == 4
+    assert_same(record(tmp_path / "stopped"), record(tmp_path / "whole"))
+
+
+# ---- a loss that is no number
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tiny: MakeConfig) -> None:
+    config = tiny(lr=1e20, optim=OptimConfig(), augment=AugmentConfig())
+    message = r"the loss is nan at step 2 \(epoch 1, batch 2\); no checkpoint had been saved yet; .* lower lr"
+    with pytest.raises(NonFiniteLoss, match=message):
+        train(config, quiet=True)
+    assert runs.load(config.out).metrics() == []
+
+
+def test_the_checkpoint_from_before_the_loss_was_no_number_is_kept(tiny: MakeConfig) -> None:
+    # One step an epoch. The first is at the warm-up's 1e-6; the second throws the weights so far off that their scores
+    # are no numbers.
+    optim = OptimConfig(warmup_epochs=3)
+    config = tiny(lr=1e20, batch_size=50, epochs=4, optim=optim, augment=AugmentConfig(), ema_decay=None)
+    for _ in range(2):  # resumed, it meets the same end
+        with pytest.raises(NonFiniteLoss, match=r"is nan after step 2; .*last \(step-00000001\) is kept"):
+            resume(config.out, quiet=True) if Path(config.out).exists() else train(config, quiet=True)
+    run = runs.load(config.out)
+    assert [line["step"] for line in run.metrics()] == [1]
+    assert all(bool(tensor.isfinite().all()) for tensor in run.model().state_dict().values())
+    assert run.summary() is None
+
+
+def test_weights_that_are_no_numbers_are_not_saved_inside_an_epoch(tiny: MakeConfig) -> None:
+    # SGD at such a rate overflows in its very first step, whose loss is still a number.
+    optim = OptimConfig(name="sgd", weight_decay=1e30)
+    config = tiny(lr=1e20, save_steps=1, optim=optim, augment=AugmentConfig())
+    with pytest.raises(NonFiniteLoss, match="the weights are no longer finite after step 1; no checkpoint"):
+        train(config, quiet=True)
+    assert not (Path(config.out) / "checkpoints").exists()
+
+
+# ---- what is written
+
+
+def test_metrics_and_summary_say_what_happened(tiny: MakeConfig) -> None:
+    config = tiny(epochs=3)
+    summary = train(config, quiet=True)
+    lines = runs.load(config.out).metrics()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == [6, 12, 18]
+    assert summary["accuracy"] == lines[-1]["accuracy"]
+    assert summary["nll"] == lines[-1]["nll"]
+    assert summary["ema_accuracy"] == lines[-1]["ema_accuracy"]
+    assert summary["ema_nll"] == lines[-1]["ema_nll"]
+    assert summary["best_accuracy"] == max(line["accuracy"] for line in lines)
+    best = next(line for line in lines if line["accuracy"] == summary["best_accuracy"])
+    assert summary["best_epoch"] == best["epoch"]
+    assert os.readlink(Path(config.out, "checkpoints/best")) == f"step-{best['step']:08d}"
+    assert os.readlink(Path(config.out, "checkpoints/last")) == "step-00000018"
+    assert summary["images_per_second"] > 0
+    assert summary["seconds"] > 0
+    assert math.isclose(summary["images_per_second"], 3 * 48 / summary["seconds"], rel_tol=0.05)
+    assert Path(config.out, "summary.json").read_text() == json.dumps(summary) + "\n"
+
+
+def test_the_loss_in_the_metrics_is_the_mean_over_the_epoch(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    step = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: losses.append(step(s, *batch)) or losses[-1])
+    config = tiny(epochs=2, save_steps=4)
+    train(config, quiet=True)
+    for line, epoch in zip(runs.load(config.out).metrics(), (losses[:6], losses[6:]), strict=True):
+        assert line["train_loss"] == pytest.approx(sum(epoch) / 6, rel=1e-12)
+
+
+def test_a_step_is_what_it_says(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step without mixing, against torch: loss, gradient, AdamW."""
+    config = tiny(epochs=1, batch_size=50, augment=AugmentConfig(smoothing=0.1), optim=OptimConfig(weight_decay=0.0))
+    config = replace(config, network=replace(config.network, drop_path=0.0), ema_decay=None)
+    batches: list[Any] = []
+    step = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: batches.append(batch) or step(s, *batch))
+    train(config, quiet=True)
+    run = runs.load(config.out)
+    loop.seed_everything(config.seed)
+    model = runs.build_model(run.config, run.info).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    ((images, targets),) = batches
+    nn.CrossEntropyLoss(label_smoothing=0.1)(model(images), targets).backward()
+    optimizer.step()
+    for (name, expected), actual in zip(model.state_dict().items(), run.model().state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- several runs in one process
+
+
+def test_a_run_does_not_inherit_the_precision_of_an_earlier_one(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate keeps the first run's settings for the whole process; bf16 is refused here before anything runs."""
+    train(tiny("first", epochs=1), quiet=True)
+    monkeypatch.setattr(loop, "bf16_refusal", lambda device: "it is not wanted in this test")
+    with pytest.raises(
+        ValueError, match="precision is 'bf16', but it is not wanted in this test; give --precision fp32"
+    ):
+        train(tiny("second", epochs=1, precision="bf16"), quiet=True)
+    train(tiny("third", epochs=1), quiet=True)
+
+
+def test_bf16_is_refused_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "flags\t\t: fpu avx2 avx512f"
+    monkeypatch.setattr(Path, "read_text", lambda self: flags)
+    assert "neither avx512_bf16 nor amx_bf16" in (loop.bf16_refusal(torch.device("cpu")) or "")
+    for flag in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(Path, "read_text", lambda self, flag=flag: f"{flags} {flag}")
+        assert loop.bf16_refusal(torch.device("cpu")) is None

@@ -1,0 +1,121 @@
+"""Every recipe, found by its registry, trains a step on files in the layout of the real set."""
+
+import gzip
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpvg import runs
+from mpvg.config import RunConfig
+from mpvg.recipes import RECIPES, recipe
+from mpvg.training import train
+
+RNG = np.random.default_rng(0)
+
+
+def write_digits(root: Path) -> Path:
+    """Nothing: the real set is part of scikit-learn."""
+    return root
+
+
+def write_fashion_mnist(root: Path) -> Path:
+    for stem, size in (("train", 16), ("t10k", 5)):
+        images = struct.pack(">4I", 0x803, size, 28, 28) + RNG.bytes(size * 28 * 28)
+        labels = struct.pack(">2I", 0x801, size) + bytes(RNG.integers(0, 10, size, dtype=np.uint8))
+        (root / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (root / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
+    return root
+
+
+def write_cifar10(root: Path) -> Path:
+    for name, size in [*((f"data_batch_{n}", 4) for n in range(1, 6)), ("test_batch", 5)]:
+        records = RNG.integers(0, 256, (size, 1 + 3072), dtype=np.uint8)
+        records[:, 0] %= 10
+        (root / f"{name}.bin").write_bytes(records.tobytes())
+    (root / "batches.meta.txt").write_text("\n".join(f"class-{n}" for n in range(10)) + "\n")
+    return root
+
+
+def write_cifar100(root: Path) -> Path:
+    for name, size in (("train", 16), ("test", 5)):
+        records = RNG.integers(0, 256, (size, 2 + 3072), dtype=np.uint8)
+        records[:, 0] %= 20
+        records[:, 1] %= 100
+        (root / f"{name}.bin").write_bytes(records.tobytes())
+    (root / "fine_label_names.txt").write_text("\n".join(f"class-{n}" for n in range(100)) + "\n")
+    return root
+
+
+def write_folder(root: Path) -> Path:
+    for split, size in (("train", 4), ("val", 2)):
+        for name in "ab":
+            (root / split / name).mkdir(parents=True)
+            for number in range(size):
+                pixels = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "digits": write_digits,
+    "fashion-mnist": write_fashion_mnist,
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "folder": write_folder,
+}
+
+
+def test_every_recipe_has_its_files_here() -> None:
+    assert LAYOUTS.keys() == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
+    root = LAYOUTS[name](tmp_path)
+    config = recipe(name, str(root) if name == "folder" else name)
+    steps = 1 if name != "digits" else 2
+    config = replace(
+        config,
+        epochs=1,
+        batch_size={"digits": 718, "folder": 8}.get(name, 16),
+        device="cpu",
+        threads=1,
+        out=str(tmp_path / "run"),
+        loader=replace(config.loader, root=str(root), workers=0),
+        optim=replace(config.optim, warmup_epochs=0),
+    )
+    summary = train(config, quiet=True)
+    run = runs.load(tmp_path / "run")
+    assert [line["step"] for line in run.metrics()] == [steps]
+    assert summary["recipe"] == name
+    assert np.isfinite([summary["nll"], run.metrics()[0]["train_loss"]]).all()
+    assert ("ema_nll" in summary) == (config.ema_decay is not None)
+    assert run.config == config
+    start = runs.build_model(run.config, run.info).state_dict()
+    assert any(not (value == start[key]).all() for key, value in run.model().state_dict().items())
+
+
+def test_a_data_set_finds_its_own_recipe_and_a_folder_the_one_for_folders() -> None:
+    for name in RECIPES:
+        assert recipe(None, name) == RECIPES[name]()
+    assert recipe(None, "some/folder") == replace(RECIPES["folder"](), data="some/folder")
+    assert recipe("cifar10", "some/folder") == replace(RECIPES["cifar10"](), data="some/folder")
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match="unknown recipe 'cifar'; did you mean .*cifar10.* Known: digits, fashion-mnist"
+    ):
+        recipe("cifar", "digits")
+
+
+def test_a_recipe_is_a_fresh_config() -> None:
+    config: RunConfig = RECIPES["digits"]()
+    assert config == RECIPES["digits"]()
+    with pytest.raises(AttributeError):
+        config.lr = 1.0  # type: ignore[misc]
