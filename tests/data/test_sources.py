@@ -15,7 +15,7 @@ import torch
 
 from mpvg.config import RunConfig
 from mpvg.data import open_data, sources
-from mpvg.data.sources import DEBIAN, SOURCES
+from mpvg.data.sources import SOURCES
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -66,19 +66,6 @@ def test_fashion_mnist_opens(tmp_path: Path, make_config: Callable[..., RunConfi
     images, _ = next(data.train.epoch())
     assert images.shape == (8, 1, 14, 14)
     assert (data.info.train_size, data.info.val_size) == (30, 20)
-
-
-@pytest.mark.skipif(not (DEBIAN / f"{IMAGES}.gz").is_file(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_debians_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "DEBIAN", DEBIAN)
-    source = SOURCES["fashion-mnist"]
-    raw = source.read(None)
-    assert raw.train.images.shape == (60_000, 1, 28, 28)
-    assert raw.val.images.shape == (10_000, 1, 28, 28)
-    assert raw.train.targets.bincount().tolist() == [6000] * 10
-    pixels = raw.train.images.float() / 255
-    assert abs(pixels.mean() - source.mean[0]) < 1e-4
-    assert abs(pixels.std() - source.std[0]) < 1e-4
 
 
 def truncate(path: Path) -> None:

@@ -59,13 +59,14 @@ def test_ten_of_ten_killed_runs_end_with_the_same_bits(
 ) -> None:
     """SIGKILL to the process group at a random moment, one to three times a run, at any stage from start to summary."""
     whole = tmp_path / "whole"
+    assert start_mpvg("--help").wait() == 0  # from now on torch is imported
     begun = time.monotonic()
     child = start_mpvg(*folder_command, "--out", whole)
     assert child.wait() == 0, child.said()
     seconds = time.monotonic() - begun
     expected = record(whole)
     moments = random.Random(0)
-    same, stages = 0, []
+    stages, different = [], {}
     for number in range(10):
         out = tmp_path / f"killed-{number}"
         # The first moments are spread evenly over the run, so that each stage is met; the others lie anywhere.
@@ -78,9 +79,10 @@ def test_ten_of_ten_killed_runs_end_with_the_same_bits(
             stages.append((members, (out / "checkpoints").exists()))
         child = start_mpvg(*onwards(folder_command, out))
         assert child.wait() == 0, child.said()
-        same += record(out) == expected
-    assert same == 10
-    assert sum(members == 1 + WORKERS or members > 1 + WORKERS for members, _ in stages) >= 5, stages  # workers running
+        found = record(out)
+        different[number] = [name for name in found | expected if found.get(name) != expected.get(name)]
+    assert different == {number: [] for number in range(10)}
+    assert sum(members > WORKERS for members, _ in stages) >= 5, stages  # killed with its workers running
     assert sum(saved for _, saved in stages) >= 4, stages
 
 
