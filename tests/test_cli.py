@@ -296,7 +296,8 @@ def test_an_interrupted_command_is_continued(
     assert capsys.readouterr().err == "\ninterrupted; continue with `mpvg train --resume RUN`\n"
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("epoch 2/2  loss ")
+    assert "epoch 1/2" not in printed
+    assert printed.count("\nepoch 2/2  loss ") == 1
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0  # a complete run is only reported again
     assert capsys.readouterr().out == printed[printed.index("done:") :]
 
@@ -308,12 +309,12 @@ def test_an_interrupted_command_is_continued(
     ("arguments", "message"),
     [
         ("--method mpgv", r"unknown method 'mpgv'; did you mean mpvg or .* Known: default, gap, .*, mpvg_no_input_pe"),
-        ("--model vit_mini_patch2_9", r"unknown model 'vit_mini_patch2_9'; did you mean vit_mini_patch2_8 .* Known: deit"),
-        ("--data digit", r"data 'digit' is neither a data set nor a folder; did you mean digits\? allowed: digits, fash"),
+        ("--model vit_mini_patch2_9", r"unknown model 'vit_mini_patch2_9'; did you mean vit_mini_patch2_8 .* Known: d"),
+        ("--data digit", r"data 'digit' is neither a data set nor a folder; did you mean digits\? allowed: digits, "),
         ("--data no/folder", r"data folder 'no/folder' does not exist; give one with train/ and val/"),
         ("--recipe digts", r"unknown recipe 'digts'; did you mean digits\? Known: digits, fashion-mnist, cifar10"),
         ("--epoch 3", r"unrecognized arguments: --epoch 3; did you mean epochs\?"),
-        ("--optim.weigth_decay 3", r"unrecognized arguments: --optim\.weigth_decay 3; did you mean optim\.weight_decay\?"),
+        ("--optim.weigth_decay 3", r"unrecognized .*--optim\.weigth_decay 3; did you mean optim\.weight_decay\?"),
         ("--xyzzy 3", r"unrecognized arguments: --xyzzy 3; see `mpvg train --help`"),
         ("surplus", r"unrecognized arguments: surplus; see `mpvg train --help`"),
         ("--epochs many", r"--epochs: Expected an? int\. Got value: many; see `mpvg train --help`"),
@@ -336,7 +337,7 @@ def test_an_interrupted_command_is_continued(
         ("--augment.mixup 0.5 --batch_size 63", r"batch_size 63 is odd, but mixup .* give an even batch_size"),
         ("--batch_size 2000", r"batch_size 2000 is larger than the training set, 1437 images, .* at most 1437"),
         ("--augment.auto_augment rand-x", r"augment\.auto_augment is 'rand-x'; allowed for this data: 'rand-m9"),
-        ("--data cifar10", r"data 'cifar10' \(.*\) was not found in any of .*; to get it: python -c .*--loader\.root data"),
+        ("--data cifar10", r"data 'cifar10' \(.*\) was not found in any of .*; to get it: .*--loader\.root data"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused(

@@ -76,7 +76,6 @@ def _train(arguments: list[str]) -> int:
         config = replace(config, out=str(Path("runs") / name))
     from mpvg.training import train
 
-    print(f"training {config.model} with {config.method} on {config.data} in {config.out}")
     _print_summary(train(config), config.out)
     return 0
 

@@ -90,7 +90,7 @@ def record() -> Callable[[str | Path], dict[str, Any]]:
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         found["metrics"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
         summary = json.loads((path / "summary.json").read_text())
-        found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date")}
+        found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date", "commit")}
         found["files"] = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
         return found
 
@@ -147,7 +147,7 @@ class Child:
 def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Starts `mpvg` commands in processes forked from one that has imported torch, which takes seconds, before.
 
-    `at_rename` is a pair: when a file is about to be renamed to the first, no file may grow beyond the second, in bytes.
+    `at_rename` is a pair: once a file is renamed to the first, no file may grow beyond the second, in bytes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "mpvg.cli", "mpvg.training", "jsonargparse", "torch.utils.data"])

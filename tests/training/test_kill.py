@@ -23,10 +23,10 @@ WORKERS = 2
 
 @pytest.fixture(scope="session")
 def folder_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """`train` on a folder of 3 x 20 images, 7 steps an epoch, with workers and augmentation; --out is to be given."""
+    """`train` on a folder of 3 x 12 images, 4 steps an epoch, with workers and augmentation; --out is to be given."""
     root = tmp_path_factory.mktemp("folder")
     rng = np.random.default_rng(0)
-    for split, size in (("train", 20), ("val", 3)):
+    for split, size in (("train", 12), ("val", 3)):
         for name in "abc":
             (root / split / name).mkdir(parents=True)
             for number in range(size):

@@ -1,5 +1,6 @@
 """Optimizer, schedule, and the optimizer's state as tensors and JSON."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def test_layer_decay_falls_from_the_head_downwards(tiny: MakeConfig) -> None:
     named: dict[str, Any] = dict(model.named_parameters())
     assert scale[id(named["head.weight"])] == 1
     layers = [scale[id(named[f"blocks.{layer}.attn.qkv.weight"])] for layer in range(len(model.blocks))]
-    assert all(below == above * 0.5 for below, above in zip(layers, layers[1:], strict=False))
+    assert all(below == above * 0.5 for below, above in itertools.pairwise(layers))
     assert scale[id(named["pos_embed"])] == layers[0] * 0.5
     assert scale[id(named["delivery.layer_norms.3.weight"])] == layers[3]
 

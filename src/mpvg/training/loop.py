@@ -126,6 +126,8 @@ class Trainer:
         """Trains what is left and returns the summary."""
         epochs, steps = self.config.epochs, len(self.data.train)
         with Reporter(epochs * steps, self.position.step, quiet=self.quiet) as reporter:
+            config, went_on = self.config, f", from step {self.position.step}" if self.position.step else ""
+            reporter.say(f"training {config.model} with {config.method} on {config.data} in {config.out}{went_on}")
             while self.position.epoch < epochs:
                 self.train_epoch(reporter)
                 values = self._evaluate()

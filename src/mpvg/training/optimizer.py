@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     if optim.name not in (names := list_optimizers()):
         near = difflib.get_close_matches(optim.name, map(str, names), n=3) or ["adamw", "sgd", "lamb"]
         raise ValueError(f"optim.name is {optim.name!r}; allowed: timm's names, such as {', '.join(near)}")
-    # One fused kernel instead of a dozen small ones a parameter: a sixth of the step of a small network on a CPU.
+    # One fused kernel instead of a dozen small ones a parameter.
     fused: dict[str, Any] = {"fused": True} if optim.name == "adamw" else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(

@@ -27,11 +27,9 @@ class Reporter:
         self.live: Progress | None = None
         self.begun, self.first, self.said = time.monotonic(), done, time.monotonic()
         if not quiet and self.console.is_terminal:
-            text = TextColumn(
-                "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"
-            )
-            self.live = Progress(text, BarColumn(), TimeRemainingColumn(), console=self.console)
-            self.task = self.live.add_task("train", total=total, completed=done, epoch=0, loss=float("nan"), rate=0.0)
+            columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+            self.live = Progress(*columns, console=self.console)
+            self.task = self.live.add_task("starting", total=total, completed=done)
 
     def __enter__(self) -> "Reporter":
         if self.live:
@@ -48,11 +46,12 @@ class Reporter:
         """A step is done: its epoch, counted from 1, the steps so far, the epoch's mean loss, images a second."""
         now = time.monotonic()
         if self.live:
-            self.live.update(self.task, completed=step, epoch=epoch, loss=loss, rate=rate)
+            now_at = f"epoch {epoch}  loss {loss:.3f}  {rate:.0f} images/s"
+            self.live.update(self.task, completed=step, description=now_at)
         elif not self.quiet and now - self.said > PLAIN_SECONDS:
             self.said = now
             left = (now - self.begun) / (step - self.first) * (self.total - step)
-            self._print(
+            self.say(
                 f"epoch {epoch}  step {step}/{self.total}  loss {loss:.3f}  {rate:.0f} images/s  {_clock(left)} left"
             )
 
@@ -63,13 +62,14 @@ class Reporter:
         left = (now - self.begun) / max(1, values["step"] - self.first) * (self.total - values["step"])
         ema = f"  ema {100 * values['ema_accuracy']:.2f} %" if "ema_accuracy" in values else ""
         skipped = f"  {values['skipped']} unreadable images left out" if values["skipped"] else ""
-        self._print(
+        self.say(
             f"epoch {values['epoch']}/{epochs}  loss {values['train_loss']:.3f}  "
             f"accuracy {100 * values['accuracy']:.2f} %{ema}  nll {values['nll']:.3f}  "
             f"{values['images_per_second']:.0f} images/s  {_clock(left)} left{skipped}"
         )
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Prints a line."""
         if not self.quiet:
             (self.live.console if self.live else self.console).print(line, markup=False)
 
