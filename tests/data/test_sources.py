@@ -115,8 +115,8 @@ def test_missing_fashion_mnist_says_where_and_how(tmp_path: Path) -> None:
     message = str(caught.value)
     for part in (
         "data 'fashion-mnist'",
-        f"{tmp_path}/root,",
-        f"{tmp_path}/root/FashionMNIST/raw",
+        f"{tmp_path / 'root'},",
+        f"{tmp_path / 'root'}/FashionMNIST/raw",
         f"{tmp_path}/cache/fashion-mnist",
         f"{tmp_path}/debian",
         "apt-get install dataset-fashion-mnist",
@@ -196,7 +196,7 @@ def test_missing_cifar_says_where_and_how(tmp_path: Path) -> None:
     message = str(caught.value)
     for part in (
         "data 'cifar100'",
-        f"{tmp_path}/root/cifar-100-binary, {tmp_path}/root, {tmp_path}/root/cifar-100-python",
+        f"{tmp_path / 'root'}/cifar-100-binary, {tmp_path / 'root'}, {tmp_path / 'root'}/cifar-100-python",
         f"{tmp_path}/cache/cifar100",
         "torchvision.datasets.CIFAR100('data', download=True)",
         "--loader.root",

@@ -229,7 +229,10 @@ def test_with_a_mean_a_folded_classifier_costs_gap_and_one_addition_a_layer(meth
     assert plain["aten.add"] == folded["aten.add"] + (spec.last_index is not None)
     assert baseline["aten.native_layer_norm"] == 2 * DEPTH + 1
     assert plain["aten.native_layer_norm"] == 2 * DEPTH + 1 + served + (spec.last_index is not None)
-    assert folded - Counter({"aten.add": folded["aten.add"]}) == baseline - Counter({"aten.add": baseline["aten.add"]})
+    del folded["aten.add"], baseline["aten.add"]
+    if not spec.input_pe:  # the sum with the PE is what makes the patches contiguous; without it that takes a copy
+        baseline["aten.clone"] += 1
+    assert folded == baseline
 
 
 def test_token_maps_of_a_folded_mpvg_keep_one_addition_for_the_last_norm() -> None:

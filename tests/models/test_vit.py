@@ -660,7 +660,8 @@ def test_the_norms_follow_dtype_and_the_networks_eps() -> None:
     model = create_model("vit_mini_patch2_8", "mpvg", dtype=torch.float64)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * 6 + 1 + 5 + 1
+    depth = len(model.blocks)
+    assert len(norms) == 2 * depth + 1 + (depth - 1) + 1
     assert {norm.eps for norm in norms} == {EPS}
 
 
