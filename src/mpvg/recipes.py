@@ -17,10 +17,10 @@ def digits() -> RunConfig:
         model="vit_mini_patch2_8",
         epochs=25,
         batch_size=64,
-        lr=3e-3,
+        lr=2e-3,
         recipe="digits",
         augment=AugmentConfig(smoothing=0.1),
-        optim=OptimConfig(warmup_epochs=1),
+        optim=OptimConfig(warmup_epochs=1, weight_decay=0.2),  # 1,437 images: 0.05 overfits in 100 epochs
     )
 
 
