@@ -11,7 +11,7 @@ from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig,
 
 
 def digits() -> RunConfig:
-    """1,797 scans of 8x8 in half a minute on one core: shows that the machinery works, not who wins."""
+    """1,797 scans of 8x8, a few seconds on one core: shows that the machinery works, not who wins."""
     return RunConfig(
         data="digits",
         model="vit_mini_patch2_8",

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpvg.delivery import METHODS, DeliverySpec, Method
+from mpvg.delivery import METHODS, DeliverySpec, Method, PositionDelivery
 from mpvg.models import create_model
 from mpvg.models.checkpoints import load_weights
 from mpvg.models.fold import fold
@@ -265,12 +265,21 @@ def test_a_folded_network_refuses_training_and_another_size() -> None:
         folded(images(size=(16, 16)))
 
 
+class OwnNetwork(nn.Module):
+    """A user's network, which may call its Last LN anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.delivery = PositionDelivery(METHODS["mpvg"], 2, 4)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: fold(trained_like("mpvg")), r"FoldedDeliveredVisionTransformer is folded already"),
         (lambda: nn.Linear(2, 2), r"Linear holds no PositionDelivery; fold takes a trained network made by mpvg"),
         (lambda: timm.create_model("vit_tiny_patch16_224", depth=1), r"VisionTransformer holds no PositionDelivery"),
+        (OwnNetwork, r"OwnNetwork has a PositionDelivery but is no network of this package"),
         (
             lambda: trained_like("mpvg", dynamic_img_size=True),
             r"dynamic_img_size=True resamples .* call set_input_size",

@@ -27,6 +27,11 @@ def fold(model: nn.Module) -> nn.Module:
     if not isinstance(delivery, PositionDelivery):
         state = "is folded already" if isinstance(delivery, FoldedDelivery) else "holds no PositionDelivery"
         raise ValueError(f"{type(model).__name__} {state}; fold takes a trained network made by mpvg.create_model")
+    if not hasattr(model, "position"):
+        raise ValueError(
+            f"{type(model).__name__} has a PositionDelivery but is no network of this package, so where its Last LN "
+            "and its mean are is unknown; call its delivery once and keep the values instead"
+        )
     if getattr(model, "dynamic_img_size", False):
         raise ValueError(
             "a model with dynamic_img_size=True resamples its PE for each image size, so nothing is constant; "
