@@ -182,9 +182,10 @@ def _what_shrinks(results: dict[Arm, list[dict[str, Any]]], arms: list[Arm]) -> 
     gap, started, pvg, mpvg, gap_long, mpvg_long = arms
     short, long = mean(mpvg) - mean(gap), mean(mpvg_long) - mean(gap_long)
     verdict = "shrinks to" if abs(long) < abs(short) else "does not shrink:"
+    budget = f"{gap.epochs} epoch{'s' if gap.epochs > 1 else ''}"
     return (
-        f"MPVG - GAP is {short:+.2f} points at {gap.epochs} epochs and {verdict} {long:+.2f} at {gap_long.epochs}; "
-        f"at {gap.epochs} epochs starting GAP's PE at std 1 alone makes {mean(started) - mean(gap):+.2f}, "
+        f"MPVG - GAP is {short:+.2f} points at {budget} and {verdict} {long:+.2f} at {gap_long.epochs}; "
+        f"at {budget} starting GAP's PE at std 1 alone makes {mean(started) - mean(gap):+.2f}, "
         f"and PVG {mean(pvg) - mean(gap):+.2f} (means of {len(SEEDS)} seeds: this shows what moves, not who wins)."
     )
 
