@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpvg.config import RunConfig
+from mpvg.config import RunConfig, unknown
 from mpvg.recipes import recipe
 
 USAGE = """\
@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return _fail(f"unknown verb {verb!r}{hint} Known: {', '.join(VERBS)}")
+        return _fail(unknown("verb", verb, VERBS, near=1))
     try:
         return VERBS[verb](arguments[1:])
     except KeyboardInterrupt:

@@ -4,8 +4,10 @@ They are built by a recipe, a YAML file or the command line, written into the ru
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -198,6 +200,14 @@ class RunConfig:
         for name in ("out", "loader", "save_steps", "device", "threads"):
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def unknown(what: str, name: str, known: Iterable[str], near: int = 3) -> str:
+    """Says that a name is unknown, which are near it (`near` of them at most), and which are known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=near, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known)}"
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:

@@ -3,11 +3,10 @@
 Each says what it is for and what it costs. The recipes of the paper's own tables are not among them yet.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
+from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig, unknown
 
 
 def digits() -> RunConfig:
@@ -94,9 +93,7 @@ def recipe(name: str | None, data: str) -> RunConfig:
     """
     name = name or (data if data in RECIPES else "folder")
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=2, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown recipe {name!r}{hint} Known: {', '.join(RECIPES)}")
+        raise ValueError(unknown("recipe", name, RECIPES, near=2))
     return replace(RECIPES[name](), data=data)
 
 

@@ -1,12 +1,12 @@
 """Networks that receive a delivered position embedding; importing this registers them with timm as `mpvg_<name>`."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
+from mpvg.config import unknown
 from mpvg.delivery import Method, as_spec
 from mpvg.models import vit as vit
 from mpvg.models.checkpoints import load_weights
@@ -41,9 +41,7 @@ def create_model(
     """
     names = model_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(names)}")
+        raise ValueError(unknown("model", name, names))
     model = timm.create_model(
         f"mpvg_{name}", method=as_spec(method), num_classes=num_classes, pos_std=pos_std, **kwargs
     )

@@ -198,7 +198,7 @@ class DeliveredVisionTransformer(VisionTransformer):
         taken = []
         for layer, (block, pe) in enumerate(islice(zip(self.blocks, delivered.per_layer, strict=True), stop)):
             pe = self._rows_kept(pe, kept)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x, attn_mask, is_causal, pe)
             else:
                 x = block(x, attn_mask, is_causal, pe)
