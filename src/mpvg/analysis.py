@@ -33,11 +33,11 @@ def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
     """Counts a network at full size without allocating it; arguments and errors as `create_model`."""
     with torch.device("meta"), torch.no_grad():
         model: Any = create_model(name, method, **kwargs).eval()
-        image = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+        image = (model.in_chans, *model.patch_embed.img_size)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image))
     return Inspection(
-        spec=model.delivery.spec,
+        spec=model.spec,
         depth=len(model.blocks),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         delivery_parameters=sum(parameter.numel() for parameter in model.delivery.parameters()),
@@ -71,7 +71,7 @@ def position_correlation(model: nn.Module, images: Tensor) -> list[float]:
         for handle in handles:
             handle.remove()
     pos = network.position()
-    delivered = network.delivery(pos)
+    delivered = network.deliver(pos)
     # Rows are counted from the end: prefix tokens come first, and not every PE has a row for them.
     patches = network.patch_embed.num_patches
     pairs = zip(seen, [*delivered.per_layer, delivered.last], strict=True)

@@ -17,10 +17,11 @@ This file needs torch and nothing else.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -182,6 +183,8 @@ class PositionDelivery(nn.Module):
     nothing has no entry.
     """
 
+    start: Tensor | None
+    """The raw PE from which a network goes on unchanged, for its owner to pass to `forward`; None: none."""
     averages_to_zero = False
     """Whether the mean of `last` is already in the Last LN's beta, so that a mean over tokens may leave `last` out."""
 
@@ -193,26 +196,36 @@ class PositionDelivery(nn.Module):
         served = range(0) if spec.first_layer is None else range(spec.first_layer, depth)
         self.layer_norms = nn.ModuleDict({str(layer): nn.LayerNorm(dim, eps=eps) for layer in served})
         self.last_norm = None if spec.last_index is None else nn.LayerNorm(dim, eps=eps)
+        self.register_buffer("start", None)
 
-    def forward(self, pos: Tensor, initial: Tensor | None = None) -> DeliveredPE:
+    def forward(self, pos: Tensor, initial: Tensor | None = None, *, start: Tensor | None = None) -> DeliveredPE:
         """Computes the chain once.
 
         Args:
             pos: the raw PE, or the chain's value that an earlier stage carried here, `(1, rows, dim)`.
             initial: pos_0, where it is not `pos`: the raw PE as earlier stages brought it here.
+            start: a raw PE, `(1, rows, dim)`; what it gave while every LN' was at 1 and 0 is taken off each value.
         """
-        pos_0 = pos if initial is None else initial
+        delivered = self._chain(pos, pos if initial is None else initial, nn.LayerNorm.__call__)
+        if start is None:
+            return delivered
+        with torch.no_grad():
+            before = self._chain(start, start, _untrained)
+        per_layer = tuple(map(_less, delivered.per_layer, before.per_layer))
+        return DeliveredPE(per_layer, _less(delivered.last, before.last), delivered.carry)
+
+    def _chain(self, pos: Tensor, pos_0: Tensor, apply: Callable[[Any, Tensor], Tensor]) -> DeliveredPE:
         chain: dict[int, Tensor] = {0: pos_0}
         received: dict[int, Tensor] = {}
         carry = pos
         for key, norm in self.layer_norms.items():
-            carry = norm(carry if self.spec.hierarchical else pos_0)  # Eqs. (7), (10); flat: Table 6, row 2
+            carry = apply(norm, carry if self.spec.hierarchical else pos_0)  # Eqs. (7), (10); flat: Table 6, row 2
             received[int(key)] = self._over_tokens(carry)  # added to LN_l(x_l) by the layer: Eqs. (6), (9)
             if int(key) > 0:
                 chain[int(key)] = carry
         last = None
         if self.last_norm is not None and self.spec.last_index is not None:
-            last = self._over_tokens(self.last_norm(chain[self.spec.last_index]))  # Eq. (11); k > 0: Table 5
+            last = self._over_tokens(apply(self.last_norm, chain[self.spec.last_index]))  # Eq. (11); k > 0: Table 5
         return DeliveredPE(tuple(received.get(layer) for layer in range(self.depth)), last, carry)
 
     def prune(self, depth: int, *, keep_last: bool) -> None:
@@ -232,6 +245,14 @@ class PositionDelivery(nn.Module):
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""
         return f"{self.spec}"
+
+
+def _untrained(norm: nn.LayerNorm, value: Tensor) -> Tensor:
+    return F.layer_norm(value, norm.normalized_shape, eps=norm.eps)
+
+
+def _less(now: Tensor | None, before: Tensor | None) -> Tensor | None:
+    return None if now is None or before is None else now - before
 
 
 def describe(spec: DeliverySpec, depth: int) -> list[tuple[str, str]]:

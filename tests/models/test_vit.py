@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-import mpvg.models.vit
+import mpvg.models.plain
 from mpvg.delivery import METHODS, DeliverySpec, Method, as_spec, describe
 from mpvg.models import create_model, model_names
 
@@ -408,7 +408,7 @@ def test_kept_patches_get_their_own_rows(
         recorded.append(kept)
         return x, kept
 
-    monkeypatch.setattr(mpvg.models.vit, "patch_dropout_forward", recording)
+    monkeypatch.setattr(mpvg.models.plain, "patch_dropout_forward", recording)
     size = (12, 16)
     model = small_vit(method, patch_drop_rate=0.5, reg_tokens=reg_tokens, img_size=size).train()
     batch = images(size)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpvg.delivery import DeliveredPE, PositionDelivery
+from mpvg.delivery import DeliveredPE, DeliverySpec, PositionDelivery
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -39,13 +39,13 @@ def fold(model: nn.Module) -> nn.Module:
         )
     folded: Any = copy.deepcopy(model).eval()
     with torch.no_grad():
-        delivered = folded.delivery(folded.position())
+        delivered = folded.deliver(folded.position())
         last, pooled = delivered.last, folded.global_pool == "avg" and delivered.last is not None
         if pooled:
             mean = folded.pool(last)
             folded.norm.bias += mean[0]
             last = last - mean[:, None]
-    folded.delivery = FoldedDelivery(folded.delivery, delivered._replace(last=last), averages_to_zero=pooled)
+    folded.delivery = FoldedDelivery(folded.spec, delivered._replace(last=last), averages_to_zero=pooled)
     network = type(model)
     folded.__class__ = type(f"Folded{network.__name__}", (_Folded, network), {})
     return folded.requires_grad_(False).eval()
@@ -57,10 +57,10 @@ class FoldedDelivery(nn.Module):
     last: Tensor | None
     carry: Tensor
 
-    def __init__(self, delivery: PositionDelivery, delivered: DeliveredPE, *, averages_to_zero: bool) -> None:
+    def __init__(self, spec: DeliverySpec, delivered: DeliveredPE, *, averages_to_zero: bool) -> None:
         super().__init__()
-        self.spec = delivery.spec
-        self.depth = delivery.depth
+        self.spec = spec
+        self.depth = len(delivered.per_layer)
         self.averages_to_zero = averages_to_zero
         for layer, pe in enumerate(delivered.per_layer):
             if pe is not None:
@@ -69,7 +69,7 @@ class FoldedDelivery(nn.Module):
         # A copy: it is the last layer's constant, or the raw PE itself, and safetensors saves no storage twice.
         self.register_buffer("carry", delivered.carry.detach().clone())
 
-    def forward(self, pos: Tensor, initial: Tensor | None = None) -> DeliveredPE:
+    def forward(self) -> DeliveredPE:
         """Returns the constants; the PE they were made from is not read again."""
         per_layer = tuple(getattr(self, f"layer_{layer}", None) for layer in range(self.depth))
         return DeliveredPE(per_layer, self.last, self.carry)
@@ -85,7 +85,12 @@ class FoldedDelivery(nn.Module):
 
 
 class _Folded:
-    """What a folded network refuses, in front of the network's own class."""
+    """What a folded network does otherwise, in front of the network's own class."""
+
+    delivery: FoldedDelivery
+
+    def deliver(self, pos: Tensor, grid: tuple[int, int] | None = None) -> DeliveredPE:
+        return self.delivery()
 
     def train(self, mode: bool = True) -> Any:
         if mode:
