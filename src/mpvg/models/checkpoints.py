@@ -1,10 +1,44 @@
 """Weights from files into networks; nothing a file contains is executed."""
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the checkpoints of one repository name their tensors."""
+
+    source: str
+    """The repository, as owner/name."""
+    marker: str
+    """Pattern of a name that only this layout has."""
+    names: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = ()
+    """Patterns and replacements, as for re.sub, applied in this order; a name that none matches stays."""
+    computed: str | None = None
+    """Pattern of buffers that the network computes itself, which are left out."""
+
+
+def translate(tensors: Mapping[str, Tensor], layouts: Sequence[Layout]) -> tuple[dict[str, Tensor], Layout | None]:
+    """Renames tensors from the layout that they are in, if it is one of these, to the network's own names."""
+    for layout in layouts:
+        if any(re.search(layout.marker, key) for key in tensors):
+            break
+    else:
+        return dict(tensors), None
+    renamed = {}
+    for key, tensor in tensors.items():
+        if layout.computed is not None and re.search(layout.computed, key):
+            continue
+        for pattern, replacement in layout.names:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    return renamed, layout
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

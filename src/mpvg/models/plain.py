@@ -13,6 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
+from mpvg.models.checkpoints import Layout
 from mpvg.models.registry import check_divisible
 
 POS_STD = 0.02
@@ -57,6 +58,16 @@ class DeliveredVisionTransformer(VisionTransformer):
     """For messages."""
     block: type[Block] = DeliveredBlock
     """What the layers are."""
+    usual_pos_std = POS_STD
+    """Standard deviation at which the PE starts unless `pos_std` says otherwise."""
+    layouts: tuple[Layout, ...] = (
+        Layout(
+            source="Ingrid725/LaPE",
+            marker=r"blocks\.\d+\.pe_norm\.weight",
+            names=((r"^blocks\.(\d+)\.pe_norm\.", r"delivery.layer_norms.\1."),),
+        ),
+    )
+    """How checkpoints of the original repositories name their tensors, where it is not as here."""
 
     spec: DeliverySpec
     """The method as this network runs it."""
@@ -93,9 +104,10 @@ class DeliveredVisionTransformer(VisionTransformer):
         super().init_weights(mode, needs_reset=needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=POS_STD)
-        if self.pos_std is not None:
+        std = self.usual_pos_std if self.pos_std is None else self.pos_std
+        if std != POS_STD:
             with torch.no_grad():
-                self.pos_embed.mul_(self.pos_std / POS_STD)
+                self.pos_embed.mul_(std / POS_STD)
 
     def position(self, grid: tuple[int, int] | None = None) -> Tensor:
         """The raw PE, `(1, rows, D)`, resampled to a grid of patches if one is given."""
