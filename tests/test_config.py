@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -42,6 +42,9 @@ BY_TYPE = {
     int | None: st.none() | st.integers(1, 500),
     float | None: st.none() | positive,
     str | None: st.none() | text,
+    tuple[float, ...] | None: st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple),
+    Literal["keep", "method"]: st.sampled_from(["keep", "method"]),
+    Literal["fresh", "preserve"]: st.sampled_from(["fresh", "preserve"]),
 }
 
 
@@ -112,6 +115,9 @@ def test_the_digest_is_the_same_on_every_machine_and_in_every_release() -> None:
         ("network", "img_size", 0, "a whole number >= 1"),
         ("network", "pos_std", -0.1, "a number >= 0"),
         ("network", "drop_path", 1.0, r"a number in \[0, 1\)"),
+        ("network", "readout", "mean", "'keep', 'method'"),
+        ("network", "start", "warm", "'fresh', 'preserve'"),
+        ("network", "std", (0.2, 0.0), "numbers > 0"),
         ("augment", "crop_padding", -1, "a whole number >= 0"),
         ("augment", "crop_scale", (0.5, 0.4), "two numbers with 0 < low <= high <= 1"),
         ("augment", "crop_scale", (0.0, 0.4), "two numbers with 0 < low <= high <= 1"),
@@ -189,6 +195,6 @@ def test_a_missing_key_is_named() -> None:
 def test_every_recipe_names_itself_and_survives_yaml(name: str) -> None:
     config = RECIPES[name]()
     assert config.recipe == name
-    assert config.data == name
+    assert config.data in (name, "folder")
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
     assert RECIPES[name].__doc__

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpvg.delivery import METHODS, DeliverySpec, PositionDelivery
     from mpvg.models import create_model
+    from mpvg.models.convert import convert
     from mpvg.models.fold import fold
     from mpvg.runs import load
 
     __version__: str
 
-__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "create_model", "fold", "load"]
+__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "convert", "create_model", "fold", "load"]
 
 _HOME = {
     "METHODS": "mpvg.delivery",
     "DeliverySpec": "mpvg.delivery",
     "PositionDelivery": "mpvg.delivery",
+    "convert": "mpvg.models.convert",
     "create_model": "mpvg.models",
     "fold": "mpvg.models.fold",
     "load": "mpvg.runs",

@@ -22,11 +22,24 @@ class NetworkConfig:
     """Standard deviation at which the position embedding starts; None: the network's own (0.02)."""
     drop_path: float = 0.0
     """Stochastic depth at the last layer, growing linearly from 0; in [0, 1)."""
+    init: str | None = None
+    """Checkpoint that the weights start from, of any method, image size and classes; 'pretrained': timm's own."""
+    readout: Literal["keep", "method"] = "keep"
+    """For timm/<name>: whether the network's own read-out stays, or becomes the method's."""
+    start: Literal["fresh", "preserve"] = "fresh"
+    """For timm/<name>: whether the delivery acts from the start, or begins from unchanged answers."""
+    mean: tuple[float, ...] | None = None
+    """Channel means of the images that the weights were trained on; None: the data's own, ImageNet's for a folder."""
+    std: tuple[float, ...] | None = None
+    """Standard deviations of the same images; None: as for `mean`."""
 
     def __post_init__(self) -> None:
         _check("network.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "a whole number >= 1")
         _check("network.pos_std", self.pos_std, self.pos_std is None or self.pos_std >= 0, "a number >= 0")
         _check("network.drop_path", self.drop_path, 0 <= self.drop_path < 1, "a number in [0, 1)")
+        _check("network.readout", self.readout, self.readout in ("keep", "method"), "'keep', 'method'")
+        _check("network.start", self.start, self.start in ("fresh", "preserve"), "'fresh', 'preserve'")
+        _check("network.std", self.std, all(value > 0 for value in self.std or ()), "numbers > 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,12 +75,32 @@ def folder() -> RunConfig:
     )
 
 
+def finetune() -> RunConfig:
+    """A folder with train/ and val/, from the weights in --network.init; minutes to hours on a GPU.
+
+    Lower layers learn more slowly (layer decay), as is usual for ViTs, and the PE and each LN' with their layers.
+    """
+    return RunConfig(
+        data="folder",
+        model="deit_tiny_patch16_224",
+        epochs=30,
+        batch_size=128,
+        lr=5e-4,
+        recipe="finetune",
+        network=NetworkConfig(drop_path=0.1),
+        augment=replace(_strong(), mixup=0.0, cutmix=0.0, crop_scale=(0.2, 1.0)),
+        optim=OptimConfig(warmup_epochs=3, layer_decay=0.75, min_lr=1e-6),
+        loader=LoaderConfig(workers=4),
+    )
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "folder": folder,
+    "finetune": finetune,
 }
 """The recipes by name; a data set's default recipe has its name, and a folder's is "folder"."""
 
@@ -91,7 +111,7 @@ def recipe(name: str | None, data: str) -> RunConfig:
     Raises:
         ValueError: there is no such recipe.
     """
-    name = name or (data if data in RECIPES else "folder")
+    name = name or (data if data in RECIPES and RECIPES[data]().data == data else "folder")
     if name not in RECIPES:
         raise ValueError(unknown("recipe", name, RECIPES, near=2))
     return replace(RECIPES[name](), data=data)

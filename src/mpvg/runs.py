@@ -34,10 +34,12 @@ from torch import Tensor, nn
 
 from mpvg.config import RunConfig
 from mpvg.data import Data, DataInfo, make_preprocess, open_data
-from mpvg.models import create_model
+from mpvg.models import TIMM, create_model
 from mpvg.models.checkpoints import load_weights, read_tensors
 
 Which = Literal["last", "best"]
+PRETRAINED = "pretrained"
+"""The `init` that stands for timm's own weights."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +150,29 @@ def read_config(path: Path) -> RunConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def build_model(config: RunConfig, info: DataInfo) -> nn.Module:
-    """The network that a config trains on the data that `info` describes."""
+def build_model(config: RunConfig, info: DataInfo, *, init: bool = False) -> nn.Module:
+    """The network that a config trains on the data that `info` describes; `init`: with the weights it starts from."""
+    network = config.network
+    options: dict[str, Any] = {}
+    if config.model.startswith(TIMM):
+        options = {"readout": network.readout, "start": network.start}
+        if init and network.init == PRETRAINED:
+            options["pretrained"] = True
+    elif (network.readout, network.start, network.init == PRETRAINED) != ("keep", "fresh", False):
+        raise ValueError(
+            f"network.readout, network.start and network.init={PRETRAINED} are for timm/<name>, and the model is "
+            f"{config.model}; leave them out"
+        )
     return create_model(
         config.model,
         config.method,
         num_classes=info.num_classes,
-        pos_std=config.network.pos_std,
+        checkpoint_path=network.init if init and network.init != PRETRAINED else None,
+        pos_std=network.pos_std,
         in_chans=info.in_chans,
         img_size=info.img_size,
-        drop_path_rate=config.network.drop_path,
+        drop_path_rate=network.drop_path,
+        **options,
     )
 
 
@@ -303,16 +318,20 @@ def remove_unused(path: Path) -> None:
             shutil.rmtree(old)
 
 
+def has_checkpoint(path: Path, which: Which = "last") -> bool:
+    """Whether a run folder, which need not exist, holds a complete checkpoint."""
+    return (path / "checkpoints" / which / "state.json").is_file()
+
+
 def checkpoint_folder(path: Path, which: Which = "last") -> Path:
     """The folder of the newest or the best checkpoint.
 
     Raises:
         FileNotFoundError: the run has none yet.
     """
-    folder = path / "checkpoints" / which
-    if not (folder / "state.json").is_file():
+    if not has_checkpoint(path, which):
         raise FileNotFoundError(f"{path} has no {which!r} checkpoint; it stopped before the first was saved")
-    return folder
+    return path / "checkpoints" / which
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

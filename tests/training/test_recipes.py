@@ -67,7 +67,9 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "cifar10": write_cifar10,
     "cifar100": write_cifar100,
     "folder": write_folder,
+    "finetune": write_folder,
 }
+FOLDERS = [name for name, write in LAYOUTS.items() if write is write_folder]
 
 
 def test_every_recipe_has_its_files_here() -> None:
@@ -77,12 +79,12 @@ def test_every_recipe_has_its_files_here() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
     root = LAYOUTS[name](tmp_path)
-    config = recipe(name, str(root) if name == "folder" else name)
+    config = recipe(name, str(root) if name in FOLDERS else name)
     steps = 1 if name != "digits" else 2
     config = replace(
         config,
         epochs=1,
-        batch_size={"digits": 718, "folder": 8}.get(name, 16),
+        batch_size=718 if name == "digits" else 8 if name in FOLDERS else 16,
         device="cpu",
         threads=1,
         out=str(tmp_path / "run"),
@@ -101,8 +103,9 @@ def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
 
 
 def test_a_data_set_finds_its_own_recipe_and_a_folder_the_one_for_folders() -> None:
-    for name in RECIPES:
+    for name in RECIPES.keys() - {"finetune"}:
         assert recipe(None, name) == RECIPES[name]()
+    assert recipe(None, "finetune") == replace(RECIPES["folder"](), data="finetune")  # a folder of this name
     assert recipe(None, "some/folder") == replace(RECIPES["folder"](), data="some/folder")
     assert recipe("cifar10", "some/folder") == replace(RECIPES["cifar10"](), data="some/folder")
 

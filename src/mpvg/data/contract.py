@@ -31,6 +31,13 @@ class DataInfo:
     val_size: int
     """Validation images, over all processes."""
 
+    def __post_init__(self) -> None:
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if len(value) != self.in_chans:
+                raise ValueError(
+                    f"network.{name} is {value}, but {self.name} has {self.in_chans} channel(s); give one each"
+                )
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""

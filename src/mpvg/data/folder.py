@@ -46,12 +46,12 @@ def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_siz
         class_names=tuple(class_names),
         in_chans=3,
         img_size=config.network.img_size or 224,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
+        mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
+        std=config.network.std or IMAGENET_DEFAULT_STD,
         train_size=len(train),
         val_size=len(val),
     )
-    augment = _train_transform(config.augment, info.img_size)
+    augment = _train_transform(config.augment, info)
     preprocess = make_preprocess(info)
     order = partial(BatchOrder, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
 
@@ -64,7 +64,9 @@ def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_siz
 
 def make_preprocess(info: DataInfo) -> "Preprocess":
     """What validation does to an image: DeiT's resize (256 for 224) and centre crop."""
-    return Preprocess(create_transform(info.img_size, interpolation="bicubic", crop_pct=0.875))
+    return Preprocess(
+        create_transform(info.img_size, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=0.875)
+    )
 
 
 class FolderBatches:
@@ -215,12 +217,14 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _train_transform(config: AugmentConfig, img_size: int) -> Transform:
+def _train_transform(config: AugmentConfig, info: DataInfo) -> Transform:
     no_jitter: Any = None  # timm's own value would switch it on wherever RandAugment is off
     try:
         transform: Transform = create_transform(
-            img_size,
+            info.img_size,
             is_training=True,
+            mean=info.mean,
+            std=info.std,
             scale=config.crop_scale,
             ratio=(3 / 4, 4 / 3),
             hflip=config.hflip,

@@ -24,8 +24,8 @@ def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_si
         class_names=raw.class_names,
         in_chans=raw.train.images.shape[1],
         img_size=config.network.img_size or raw.train.images.shape[-1],
-        mean=source.mean,
-        std=source.std,
+        mean=config.network.mean or source.mean,
+        std=config.network.std or source.std,
         train_size=len(raw.train.targets),
         val_size=len(raw.val.targets),
     )

@@ -9,7 +9,13 @@ from torch import nn
 from mpvg.config import unknown
 from mpvg.delivery import Method, as_spec
 from mpvg.models import vit as vit
-from mpvg.models.checkpoints import load_weights
+from mpvg.models.checkpoints import LoadReport, load_checkpoint
+from mpvg.models.convert import create_converted
+
+__all__ = ["LoadReport", "create_model", "load_checkpoint", "model_names"]
+
+TIMM = "timm/"
+"""What the name of a converted network starts with."""
 
 
 def model_names() -> list[str]:
@@ -29,16 +35,22 @@ def create_model(
     """Builds a network that runs a method.
 
     Args:
-        name: one of `model_names()`, such as "deit_tiny_patch16_224".
+        name: one of `model_names()`, such as "deit_tiny_patch16_224"; or "timm/<name>", a network of timm's converted.
         method: a method's name (`mpvg.METHODS`) or a DeliverySpec.
         num_classes: classes of the head; 0: no head.
-        checkpoint_path: a .safetensors file with all the weights of this network and method.
+        checkpoint_path: weights to start from, of any method: see `load_checkpoint`.
         pos_std: standard deviation at which the position embedding starts; None: the network's own.
-        **kwargs: further arguments of the network, such as img_size, in_chans, drop_path_rate.
+        **kwargs: further arguments of the network, such as img_size, in_chans, drop_path_rate; for "timm/<name>" also
+            readout, start (as in `convert`) and pretrained.
 
     Raises:
         ValueError: the name is unknown, or the network cannot do what the method says.
     """
+    if pos_std is not None and checkpoint_path is not None:
+        raise ValueError(f"pos_std={pos_std} rescales the start of a PE, and {checkpoint_path} has its own; give one")
+    if name.startswith(TIMM):
+        kwargs |= {"num_classes": num_classes, "checkpoint_path": checkpoint_path, "pos_std": pos_std}
+        return create_converted(name.removeprefix(TIMM), method, **kwargs)
     names = model_names()
     if name not in names:
         raise ValueError(unknown("model", name, names))
@@ -46,5 +58,5 @@ def create_model(
         f"mpvg_{name}", method=as_spec(method), num_classes=num_classes, pos_std=pos_std, **kwargs
     )
     if checkpoint_path is not None:
-        load_weights(model, checkpoint_path)
+        load_checkpoint(model, checkpoint_path)
     return model

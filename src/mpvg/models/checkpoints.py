@@ -1,13 +1,26 @@
 """Weights from files into networks; nothing a file contains is executed."""
 
+import argparse
+import logging
+import math
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+
+ENTRIES = ("state_dict_ema", "state_dict", "model", "model_ema")
+"""Where training scripts put the weights in a file, the ones their authors evaluate first: T2T-ViT and timm prefer the
+averaged weights, DeiT keeps them beside `model` and does not use them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +55,246 @@ def translate(tensors: Mapping[str, Tensor], layouts: Sequence[Layout]) -> tuple
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Reads a .safetensors file onto the CPU.
+    """Reads the weights in a .safetensors file, or in a file of `torch.save`, onto the CPU.
+
+    Of a pickled file only tensors, plain containers, numbers and text are read (`weights_only`), and the settings that
+    `argparse` made, which training scripts keep beside their weights. Entries as in `ENTRIES` are looked into, and the
+    prefixes of DistributedDataParallel and torch.compile are taken off.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not a .safetensors file.
+        ValueError: the file is damaged, holds code or other objects, or no weights, or weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors file")
+        raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors or .pth file")
+    tensors = _weights(_read(path), path)
+    while tensors and (prefix := _common_prefix(tensors)):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {key} holds values that are not finite; use an earlier checkpoint")
+    return tensors
+
+
+def _read(path: Path) -> Any:
     try:
-        return load_file(path)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no .safetensors file ({error}); use another checkpoint") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is no plain checkpoint"
+        raise ValueError(
+            f"{path} is refused, and nothing in it was run: {what}, where only tensors, numbers and text are read. "
+            "Where you trust its origin, save its tensors alone from the program that made it: "
+            "safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from error
+    except Exception as error:  # torch's readers of untrusted bytes raise whatever they stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}: {reason}); use another one"
+        ) from error
+
+
+def _weights(found: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors by name in what a file holds."""
+    if isinstance(found, Mapping):
+        found = next((found[entry] for entry in ENTRIES if isinstance(found.get(entry), Mapping)), found)
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{path} holds no weights by name but {type(found).__name__}; give a state_dict")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(
+                f"{path} holds no weights: its entry {key!r} is a {type(value).__name__}; "
+                f"expected a state_dict, by itself or as one of {', '.join(ENTRIES)}"
+            )
+    return dict(found)
+
+
+def _common_prefix(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in tensors)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of a checkpoint's tensors and of the network's; name to reason, where there is one."""
+
+    path: Path
+    """The file."""
+    source: str
+    """The layout it was read in."""
+    taken: list[str] = field(default_factory=list)
+    """Tensors that were taken as they are."""
+    resampled: dict[str, str] = field(default_factory=dict)
+    """Tensors that were fitted to another size."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensors, or rows, of the file that the network has no place for."""
+    new: dict[str, str] = field(default_factory=dict)
+    """Tensors of the network that the file does not have, and that stay as they were initialised."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}, names of {self.source}: {len(self.taken)} tensors taken"]
+        for what in ("resampled", "dropped", "new"):
+            by_reason: dict[str, list[str]] = {}
+            for name, reason in getattr(self, what).items():
+                by_reason.setdefault(reason, []).append(name)
+            for reason, names in by_reason.items():
+                shown = f"{names[0]} to {names[-1]} ({len(names)} tensors)" if len(names) > 4 else ", ".join(names)
+                lines.append(f"  {what}: {shown}: {reason}")
+        return "\n".join(lines)
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
+    """Starts a network from a checkpoint of the same architecture: of this package, timm or the original repositories.
+
+    What may differ is the method (each LN' that the file does not have stays at 1 and 0; a class token and its row of
+    the PE are dropped where the network has none), the image size (the PE is resampled) and the classes (the head stays
+    as it was initialised). The report is logged, as a warning unless every tensor was taken as it is.
+
+    Returns:
+        What was taken, resampled, dropped and newly made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or is of another architecture; the network is unchanged.
+    """
+    tensors, layout = translate(read_tensors(path), getattr(model, "layouts", ()))
+    report = LoadReport(path=Path(path), source=layout.source if layout else "timm")
+    state, problems = _Fitting(model, tensors, report).fit()
+    if problems:
+        raise ValueError(
+            f"{path} does not fit: {_shown(problems)}. Use a checkpoint of this architecture; the method, the image "
+            "size and the number of classes may differ"
+        )
+    model.load_state_dict(state)
+    _log.log(logging.WARNING if report.resampled or report.dropped or report.new else logging.INFO, "%s", report)
+    return report
+
+
+class _Fitting:
+    """Finds a place for each tensor of a file; fills the report, and changes nothing else."""
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor], report: LoadReport) -> None:
+        self.model: Any = model
+        self.tensors = tensors
+        self.report = report
+        self.wanted = model.state_dict()
+        self.problems: list[str] = []
+        classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+        self.head = tuple(f"{classifier}.{name}" for name in ("weight", "bias"))
+
+    def fit(self) -> tuple[dict[str, Tensor], list[str]]:
+        """Returns the network's state, and what stands in the way."""
+        state = {}
+        replaced = self._fit_head()
+        for key, own in self.wanted.items():
+            given = self.tensors.get(key)
+            if given is None or key in replaced:
+                self._keep(key, replaced)
+                state[key] = own
+                continue
+            fitted = given if given.shape == own.shape else self._fit_shape(key, given, own)
+            if fitted is not None and key not in self.report.resampled:
+                self.report.taken.append(key)
+            state[key] = own if fitted is None else fitted
+        for key in self.tensors:
+            if key not in self.wanted:
+                self._drop(key)
+        return state, self.problems
+
+    def _fit_head(self) -> Sequence[str]:
+        """The names of the head's tensors, if the file's have other classes."""
+        own, given = (side.get(self.head[0]) for side in (self.wanted, self.tensors))
+        if own is None or given is None or own.shape == given.shape or own.shape[1:] != given.shape[1:]:
+            return ()
+        for name in self.head:
+            if name in self.tensors:
+                self.report.dropped[name] = f"{len(given)} classes in the file, {len(own)} in the model"
+        return self.head
+
+    def _keep(self, key: str, replaced: Sequence[str]) -> None:
+        """A tensor of the network that the file does not have."""
+        if key in replaced or key in self.head:
+            self.report.new[key] = "the head is of other classes" if key in replaced else "the file has no head"
+        elif key.startswith("delivery.") and key != "delivery.start":
+            self.report.new[key] = "LN' at 1 and 0"
+        elif key in getattr(self.model, "may_be_new", ()):
+            self.report.new[key] = "the file has none"
+        else:
+            self.problems.append(f"{key} is missing")
+
+    def _drop(self, key: str) -> None:
+        """A tensor of the file that the network does not have."""
+        if key == "cls_token":
+            self.report.dropped[key] = "the model reads out the mean over tokens and has no class token"
+        elif key.startswith("delivery."):
+            self.report.dropped[key] = "the method delivers nothing there"
+        elif key in self.head:
+            self.report.dropped[key] = "the model has no head"
+        else:
+            self.problems.append(f"{key} has no place in the model")
+
+    def _fit_shape(self, key: str, given: Tensor, own: Tensor) -> Tensor | None:
+        try:
+            if key in ("pos_embed", "delivery.start") and given.ndim == 3 and given.shape[2] == own.shape[2]:
+                return self._fit_pos(key, given, own)
+            if key.endswith("relative_position_bias_table") and given.shape[1:] == own.shape[1:]:
+                return self._fit_bias(key, given, own)
+        except ValueError as error:
+            self.problems.append(str(error))
+            return None
+        self.problems.append(f"{key} is {tuple(given.shape)}, the model's is {tuple(own.shape)}")
+        return None
+
+    def _fit_pos(self, key: str, given: Tensor, own: Tensor) -> Tensor:
+        """A PE on the network's grid, with the rows of the leading tokens that the network has."""
+        grid: tuple[int, int] = self.model.patch_embed.grid_size
+        rows_kept = own.shape[1] - math.prod(grid)
+        tokens = 0
+        for name in ("cls_token", "reg_token"):
+            tokens += self.tensors[name].shape[1] if name in self.tensors else 0
+        # The PE has a row for every leading token or, as timm's `no_embed_class` makes it, for none.
+        for prefix in dict.fromkeys((tokens, 0)):
+            count = given.shape[1] - prefix
+            side = math.isqrt(max(count, 0))
+            if count == math.prod(grid) or (count > 0 and side * side == count):
+                break
+        else:
+            raise ValueError(
+                f"{key} has {given.shape[1]} rows, which is no square grid beside {tokens} leading tokens, so it "
+                "cannot be resampled; build the model at the image size of the checkpoint"
+            )
+        if rows_kept > prefix:
+            raise ValueError(f"{key} has no row for the class token, which the model has")
+        if prefix > rows_kept:
+            self.report.dropped[f"{key}[:, :{prefix - rows_kept}]"] = "the rows of tokens that the model has not"
+        given = given[:, prefix - rows_kept :]
+        if count != math.prod(grid):
+            self.report.resampled[key] = f"from a grid of {side} x {side} to {grid[0]} x {grid[1]}"
+            given = resample_abs_pos_embed(given, list(grid), [side, side], num_prefix_tokens=rows_kept)
+        return given
+
+    def _fit_bias(self, key: str, given: Tensor, own: Tensor) -> Tensor:
+        """A table of relative biases for windows of another size."""
+        module = self.model.get_submodule(key.rpartition(".")[0])
+        side = math.isqrt(len(given))
+        if side * side != len(given) or side % 2 == 0:
+            raise ValueError(f"{key} has {len(given)} rows, which is no square window")
+        height, width = module.window_size
+        self.report.resampled[key] = f"from windows of {(side + 1) // 2} to {height} x {width}"
+        return resize_rel_pos_bias_table(given, module.window_size, tuple(own.shape))
+
+
+def _shown(problems: Sequence[str]) -> str:
+    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads all of a network's weights from a .safetensors file, or nothing.
+    """Loads all of a network's weights from a file of the same network and method, or nothing.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; the model is unchanged.
@@ -73,8 +309,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if key in tensors and tensors[key].shape != value.shape
     ]
     if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(
-            f"{path} is of another model or method: {shown}. Use the model, method and classes it came from"
+            f"{path} is of another model or method: {_shown(problems)}. Use the model, method and classes it came from"
         )
     model.load_state_dict(tensors)

@@ -24,8 +24,9 @@ def fold(model: nn.Module) -> nn.Module:
             constants would depend on the image.
     """
     delivery = getattr(model, "delivery", None)
-    if not isinstance(delivery, PositionDelivery):
-        state = "is folded already" if isinstance(delivery, FoldedDelivery) else "holds no PositionDelivery"
+    folded_already = isinstance(delivery, FoldedDelivery)
+    if folded_already or not (isinstance(delivery, PositionDelivery) or hasattr(model, "deliver")):
+        state = "is folded already" if folded_already else "holds no PositionDelivery"
         raise ValueError(f"{type(model).__name__} {state}; fold takes a trained network made by mpvg.create_model")
     if not hasattr(model, "position"):
         raise ValueError(

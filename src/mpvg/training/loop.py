@@ -96,7 +96,7 @@ class Trainer:
         config = run.config
         self.run, self.config, self.data, self.accelerator = run, config, data, accelerator
         seed_everything(config.seed)
-        model = runs.build_model(config, data.info)
+        model = runs.build_model(config, data.info, init=not runs.has_checkpoint(run.path))
         optimizer = optimizers.build_optimizer(model.to(accelerator.device), config)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.schedule = optimizers.build_schedule(optimizer, config, len(data.train))
