@@ -38,7 +38,13 @@ from torch import nn
 
 from mpvg import create_model, fold, runs
 
-NETWORKS = ["deit_tiny_patch16_224"]
+NETWORKS = [
+    "deit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "ceit_tiny_patch16_224",
+    "t2t_vit_7",
+    "vit_lite_7_patch4_32",
+]
 CASES = {"inference-1": 1, "inference-32": 32, "training-16": 16}  # batch sizes
 VARIANTS: dict[str, Callable[[str], nn.Module]] = {
     "default": lambda name: create_model(name, "default"),

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpvg.analysis import inspect, position_correlation
+from mpvg.analysis import (
+    SUPPORTED,
+    Support,
+    inspect,
+    parameter_table,
+    position_correlation,
+    support_table,
+)
 from mpvg.delivery import METHODS, describe
 from mpvg.models import create_model, model_names
 
@@ -87,7 +94,8 @@ def test_an_inspection_counts_what_the_network_has(name: str, method: str) -> No
     assert found.delivery_parameters == sum(delivery)
     assert (found.delivery_parameters == 0) == (method != "mpvg")
     assert found.depth == len(model.blocks) == len(describe(found.spec, found.depth)) - 2
-    assert found.spec == METHODS[method]
+    assert found.spec == model.spec
+    assert found.pool == model.global_pool
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,51 @@ def test_an_inspection_counts_what_the_network_has(name: str, method: str) -> No
 def test_deit_tiny_has_the_published_size(method: str, parameters: int) -> None:
     """DeiT-Ti is 5,717,416 at facebookresearch/deit; without class token, 2 x 192 fewer; an LN' has 384."""
     assert inspect("deit_tiny_patch16_224", method).parameters == parameters
+
+
+# #Params of Tables 1 and 2: classes, then the paper's figure in millions and what its networks really have, by method.
+COUNTS = {
+    "deit_tiny_patch16_224": (1000, "5.717 5717416 5.721 5722024 5.721 5721256 5.721 5721640"),
+    "deit_small_patch16_224": (1000, "22.050 22050664 22.059 22059880 22.058 22058344 22.059 22059112"),
+    "deit_base_patch16_224": (1000, "86.567 86567656 86.586 86586088 86.583 86583016 86.584 86584552"),
+    "swin_tiny_patch4_window7_224": (1000, "28.589 28589410 28.599 28598242 28.598 28598242 28.599 28599778"),
+    "ceit_tiny_patch16_224": (1000, "6.356 6356904 6.361 6361512 6.361 6360744 6.361 6361128"),
+    "t2t_vit_7": (1000, "4.310 4310222 4.313 4313806 4.312 4312782 4.313 4313294"),
+    "vit_lite_7_patch4_32": (100, "3.740 3740004 3.744 3743588 3.742 3742564 3.743 3743076"),
+    "t2t_vit_7 on CIFAR-100": (100, "4.078 4078922 4.082 4082506 4.081 4081482 4.081 4081994"),
+}
+
+
+def test_all_32_networks_of_the_tables_have_their_size_to_the_parameter() -> None:
+    expected = []
+    for name, (classes, row) in COUNTS.items():
+        figures = row.split()
+        for method, paper, count in zip(("default", "lape", "pvg", "mpvg"), figures[::2], figures[1::2], strict=True):
+            expected.append((name.split()[0], classes, method, paper, int(count)))
+    found = [(c.network, c.num_classes, c.method, c.paper, c.parameters) for c in parameter_table()]
+    assert found == expected
+    assert len(found) == 32
+
+
+def test_the_four_rows_that_cannot_match_say_why_and_no_other() -> None:
+    rows = parameter_table()
+    differ = [(row.network, row.method) for row in rows if row.shown != row.paper]
+    assert differ == [(row.network, row.method) for row in rows if row.reason]
+    assert len(differ) == 4
+    assert [row.shown for row in rows if row.reason] == ["5.722", "28.598", "6.360", "3.743"]
+
+
+def test_a_method_is_supported_the_same_as_an_earlier_one_or_refused() -> None:
+    table = support_table()
+    assert list(table) == list(METHODS)
+    assert {tuple(row) for row in table.values()} == {tuple(SUPPORTED)}
+    assert all(cell == Support() for cell in (row["ViT, DeiT"] for row in table.values()))
+    swin = {method: row["Swin"] for method, row in table.items()}
+    assert {m: cell.same_as for m, cell in swin.items() if cell.same_as} == {
+        **{"gap": "default", "lape_gap": "lape"},
+        "mpvg_layer0": "mpvg",
+    }
+    assert {m for m, cell in swin.items() if cell.refused} == {"pvg_token", "mpvg_last5", "mpvg_last8", "mpvg_last11"}
 
 
 def test_flops_are_two_for_each_multiply_add() -> None:

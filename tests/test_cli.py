@@ -198,6 +198,23 @@ def test_inspect_takes_sizes_and_an_own_method(capsys: pytest.CaptureFixture[str
     assert "  layer 11    pos_11 = LN'_11(pos_0)\n  Last LN     LN'_last(pos_3)\n" in printed
 
 
+def test_inspect_prints_the_papers_counts_beside_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("1000  mpvg") == 6
+    assert "28 of 32 as the paper prints them" in printed
+    assert [f"differs [{n}]" in printed and f"\n[{n}] " in printed for n in range(1, 6)] == [True] * 4 + [False]
+    for arguments in (["inspect"], ["inspect", "t2t_vit_7", "--table"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "give the name of a network, or --table and no name" in capsys.readouterr().err
+
+
+def test_inspect_takes_a_converted_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "timm/vit_base_patch16_siglip_224"]) == 0
+    assert "read-out    attention pooling" in capsys.readouterr().out
+
+
 def test_methods_lists_all_with_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
@@ -309,7 +326,7 @@ def test_an_interrupted_command_is_continued(
     ("arguments", "message"),
     [
         ("--method mpgv", r"unknown method 'mpgv'; did you mean mpvg or .* Known: default, gap, .*, mpvg_no_input_pe"),
-        ("--model vit_mini_patch2_9", r"unknown model 'vit_mini_patch2_9'; did you mean vit_mini_patch2_8 .* Known: d"),
+        ("--model vit_mini_patch2_9", r"unknown model 'vit_mini_patch2_9'; did you mean vit_mini_patch2_8 .* Known: c"),
         ("--data digit", r"data 'digit' is neither a data set nor a folder; did you mean digits\? allowed: digits, "),
         ("--data no/folder", r"data folder 'no/folder' does not exist; give one with train/ and val/"),
         ("--recipe digts", r"unknown recipe 'digts'; did you mean digits\? Known: digits, fashion-mnist, cifar10"),

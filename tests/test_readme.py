@@ -34,6 +34,12 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert (tmp_path / "RUN/checkpoints/last/model.safetensors").is_file()
 
 
+def test_the_table_of_networks_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """tests/models/test_contract.py runs every cell of it."""
+    assert main(["methods", "--networks"]) == 0
+    assert capsys.readouterr().out in README
+
+
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 

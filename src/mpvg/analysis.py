@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpvg.delivery import DeliverySpec, Method
+from mpvg.delivery import METHODS, DeliverySpec, Method
 from mpvg.models import create_model
 
 
@@ -17,6 +17,8 @@ class Inspection:
 
     spec: DeliverySpec
     """The method as the network runs it."""
+    pool: str
+    """How the network reads out: timm's name of its pooling."""
     depth: int
     """Layers."""
     parameters: int
@@ -32,18 +34,119 @@ class Inspection:
 def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
     """Counts a network at full size without allocating it; arguments and errors as `create_model`."""
     with torch.device("meta"), torch.no_grad():
-        model: Any = create_model(name, method, **kwargs).eval()
+        model: Any = create_model(name, method, **kwargs).eval().requires_grad_(False)  # the counter asks for gradients
         image = (model.in_chans, *model.patch_embed.img_size)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image))
     return Inspection(
         spec=model.spec,
+        pool=model.global_pool,
         depth=len(model.blocks),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         delivery_parameters=sum(parameter.numel() for parameter in model.delivery.parameters()),
         flops=counter.get_total_flops(),
         image=image,
     )
+
+
+_COUNTED = ("default", "lape", "pvg", "mpvg")
+_PAPER_MILLIONS = {
+    ("deit_tiny_patch16_224", 1000): ("5.717", "5.721", "5.721", "5.721"),
+    ("deit_small_patch16_224", 1000): ("22.050", "22.059", "22.058", "22.059"),
+    ("deit_base_patch16_224", 1000): ("86.567", "86.586", "86.583", "86.584"),
+    ("swin_tiny_patch4_window7_224", 1000): ("28.589", "28.599", "28.598", "28.599"),
+    ("ceit_tiny_patch16_224", 1000): ("6.356", "6.361", "6.361", "6.361"),
+    ("t2t_vit_7", 1000): ("4.310", "4.313", "4.312", "4.313"),
+    ("vit_lite_7_patch4_32", 100): ("3.740", "3.744", "3.742", "3.743"),
+    ("t2t_vit_7", 100): ("4.078", "4.082", "4.081", "4.081"),
+}
+_CANNOT_MATCH = {
+    ("deit_tiny_patch16_224", "lape"): "LaPE's own code counts 5,722,024, too; LaPE with GAP would be 5,721,640",
+    (
+        "swin_tiny_patch4_window7_224",
+        "lape",
+    ): "12 LN' make 28,598,242; 28.599 needs 758 more, and LaPE's Swin is unpublished",
+    ("ceit_tiny_patch16_224", "pvg"): "256 short; an idle LN' in the LCA block, or the class token kept, would fit",
+    ("vit_lite_7_patch4_32", "lape"): "the paper cuts off after three decimals, and this row alone looks rounded",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """One row of the paper's #Params beside ours."""
+
+    network: str
+    """Its name."""
+    num_classes: int
+    """Classes of the head: 1000 for ImageNet (Table 1), 100 for CIFAR-100 (Table 2)."""
+    method: str
+    """Its name."""
+    parameters: int
+    """Counted here, frozen ones included."""
+    paper: str
+    """The paper's figure, in millions, cut off after three decimals."""
+    reason: str
+    """Why no reading of the paper gives its figure, where none does; otherwise empty."""
+
+    @property
+    def shown(self) -> str:
+        """The count as the paper prints it."""
+        return f"{self.parameters // 1_000_000}.{self.parameters // 1000 % 1000:03d}"
+
+
+def parameter_table() -> list[Count]:
+    """Counts all 32 networks of Tables 1 and 2."""
+    return [
+        Count(
+            network=network,
+            num_classes=classes,
+            method=method,
+            parameters=inspect(network, method, num_classes=classes).parameters,
+            paper=paper,
+            reason=_CANNOT_MATCH.get((network, method), ""),
+        )
+        for (network, classes), row in _PAPER_MILLIONS.items()
+        for method, paper in zip(_COUNTED, row, strict=True)
+    ]
+
+
+SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT, DeiT": ("deit_tiny_patch16_224", {}),
+    "Swin": ("swin_tiny_patch4_window7_224", {}),
+    "CeiT": ("ceit_tiny_patch16_224", {}),
+    "T2T-ViT": ("t2t_vit_7", {}),
+    "ViT-Lite": ("vit_lite_7_patch4_32", {}),
+    "timm's, read-out kept": ("timm/vit_tiny_patch16_224", {}),
+    "timm's, the method's read-out": ("timm/vit_tiny_patch16_224", {"readout": "method"}),
+}
+"""One network of each family, with arguments: the columns of `support_table`."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a network runs a method."""
+
+    same_as: str | None = None
+    """An earlier method that is the same in this network."""
+    refused: str | None = None
+    """Why it does not."""
+
+
+def support_table() -> dict[str, dict[str, Support]]:
+    """Builds every method on one network of each family: method -> column of SUPPORTED -> what became of it."""
+    table: dict[str, dict[str, Support]] = {method: {} for method in METHODS}
+    for column, (name, kwargs) in SUPPORTED.items():
+        first: dict[DeliverySpec, str] = {}
+        for method in METHODS:
+            try:
+                with torch.device("meta"):
+                    model: Any = create_model(name, method, **kwargs)
+            except ValueError as error:
+                table[method][column] = Support(refused=str(error))
+                continue
+            earlier = first.setdefault(model.spec, method)
+            table[method][column] = Support(same_as=None if earlier is method else earlier)
+    return table
 
 
 @torch.inference_mode()

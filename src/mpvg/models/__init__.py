@@ -8,7 +8,11 @@ from torch import nn
 
 from mpvg.config import unknown
 from mpvg.delivery import Method, as_spec
+from mpvg.models import ceit as ceit
+from mpvg.models import swin as swin
+from mpvg.models import t2t_vit as t2t_vit
 from mpvg.models import vit as vit
+from mpvg.models import vit_lite as vit_lite
 from mpvg.models.checkpoints import LoadReport, load_checkpoint
 from mpvg.models.convert import create_converted
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
@@ -286,7 +287,7 @@ class _Fitting:
             raise ValueError(f"{key} has {len(given)} rows, which is no square window")
         height, width = module.window_size
         self.report.resampled[key] = f"from windows of {(side + 1) // 2} to {height} x {width}"
-        return resize_rel_pos_bias_table(given, module.window_size, tuple(own.shape))
+        return resize_rel_pos_bias_table_simple(given, module.window_size, tuple(own.shape))
 
 
 def _shown(problems: Sequence[str]) -> str:

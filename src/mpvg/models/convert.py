@@ -29,7 +29,8 @@ def convert(
         model: timm's VisionTransformer with an absolute PE: ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, DINOv2, ...
         method: a method's name or a DeliverySpec.
         readout: "keep" leaves class token, average or attention pooling as they are, and delivers to the Last LN where
-            one stands before the pooling and what is read out has rows in the PE; "method" makes it the method's, with the Last LN on every token.
+            one stands before the pooling and what is read out has rows in the PE; "method" makes the read-out the
+            method's, with the Last LN on every token.
         start: "fresh" delivers from the first step on, each LN' at 1 and 0, as the paper trains. "preserve" delivers
             what has changed since the conversion: the answers are the original's until the first step, while the PE
             and every LN' receive gradients as under "fresh". It needs readout="keep" and a method with input PE.
@@ -82,7 +83,12 @@ def create_converted(
     """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(unknown("timm model", name, _convertible_names()))
-    model: Any = timm.create_model(name, **kwargs)
+    try:
+        model: Any = timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"timm's {name} cannot be built so: {error}; see the arguments of its class in timm"
+        ) from error
     if pos_std is not None:
         _check_convertible(model)
         if kwargs.get("pretrained"):
@@ -93,7 +99,9 @@ def create_converted(
         return convert(model, method, readout=readout, start=start)
     keys = read_tensors(checkpoint_path).keys()
     body = {key for key in model.state_dict() if not key.startswith("head.")}
-    if body <= keys and not any(key.startswith("delivery.") for key in keys):  # the original network's: what preserves its answers must see its weights
+    if body <= keys and not any(
+        key.startswith("delivery.") for key in keys
+    ):  # the original network's: what preserves its answers must see its weights
         load_checkpoint(model, checkpoint_path)
         return convert(model, method, readout=readout, start=start)
     converted = convert(model, method, readout=readout, start=start)

@@ -1,0 +1,291 @@
+"""Every network of the README's table with every method: one contract, at reduced size, through the real factories."""
+
+import copy
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpvg.analysis import SUPPORTED, Support, support_table
+from mpvg.delivery import METHODS
+from mpvg.models import create_model, load_checkpoint, model_names
+from mpvg.models.fold import fold
+
+PLAIN: dict[str, Any] = {"img_size": (32, 48), "embed_dim": 24, "num_heads": 2}
+SMALL: dict[str, dict[str, Any]] = {
+    "ViT, DeiT": PLAIN,
+    "Swin": {
+        **{"img_size": (32, 48), "patch_size": 2, "window_size": 4, "embed_dim": 8},
+        **{"depths": (2, 2, 1, 1), "num_heads": (1, 2, 2, 4)},
+    },
+    "CeiT": PLAIN,
+    "T2T-ViT": PLAIN,
+    "ViT-Lite": PLAIN | {"img_size": (8, 12)},
+    "timm's, read-out kept": PLAIN,
+    "timm's, the method's read-out": PLAIN,
+}
+OTHER_SIZE = {"ViT-Lite": (12, 16)}
+CELLS = [(column, method) for column in SUPPORTED for method in METHODS]
+every_cell = pytest.mark.parametrize(("column", "method"), CELLS)
+KINDS = ["default", "lape_gap", "pvg", "mpvg", "mpvg_flat", "gap_last0"]
+every_kind = pytest.mark.parametrize(("column", "method"), [(c, m) for c in SUPPORTED for m in KINDS])
+every_network = pytest.mark.parametrize("column", SUPPORTED)
+
+
+@cache
+def table() -> dict[str, dict[str, Support]]:
+    return support_table()
+
+
+def build(column: str, method: str, **kwargs: Any) -> nn.Module:
+    """The column's network, reduced, in float64, in which no parameter is where it starts."""
+    name, arguments = SUPPORTED[column]
+    model = create_model(name, method, num_classes=5, **arguments, **SMALL[column], **kwargs).double().eval()
+    with torch.no_grad():
+        for part, parameter in model.named_parameters():
+            if not part.startswith("patch_embed.attention"):  # the exponentials of T2T's performers would saturate
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def images(column: str, size: tuple[int, int] | None = None) -> Tensor:
+    return torch.randn(2, 3, *(size or SMALL[column]["img_size"]), dtype=torch.float64)
+
+
+def supported(column: str, method: str) -> bool:
+    """Whether a cell runs; the others are tested as refusals."""
+    return table()[method][column].refused is None
+
+
+def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def test_every_registered_family_has_a_column() -> None:
+    """A new family fails here until it is in the table, and so in every test below."""
+    with torch.device("meta"):
+        families = {type(create_model(name, "default")) for name in model_names()}
+        columns = {type(create_model(name, "default", **arguments)) for name, arguments in SUPPORTED.values()}
+    assert families == columns
+    assert SMALL.keys() == SUPPORTED.keys()
+
+
+@every_cell
+def test_a_cell_of_the_table_is_what_it_says(column: str, method: str) -> None:
+    """yes: it runs and its logits are finite; = x: with the same weights x gives the same; no: refused, so."""
+    cell = table()[method][column]
+    if cell.refused:
+        name, arguments = SUPPORTED[column]
+        with pytest.raises(ValueError, match=re.escape(cell.refused)):
+            create_model(name, method, **arguments)
+        return
+    model, batch = build(column, method), images(column)
+    logits = model(batch)
+    assert logits.shape == (2, 5)
+    assert logits.isfinite().all()
+    assert_close(model.forward_head(model.forward_features(batch)), logits)
+    if cell.same_as:
+        twin = build(column, cell.same_as)
+        twin.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(twin(batch), logits)
+    else:
+        earlier = [m for m in METHODS if m != method and supported(column, m) and build_spec(column, m) == model.spec]
+        assert all(table()[m][column].same_as == method for m in earlier)
+
+
+@cache
+def build_spec(column: str, method: str) -> Any:
+    return build(column, method).spec
+
+
+@every_cell
+def test_every_parameter_that_asks_for_a_gradient_gets_one(column: str, method: str) -> None:
+    """With the PE delivered, no LN' idles; LeFF's constants before a BatchNorm, and the last LeFF behind a class token
+    that passes it by, are CeiT's own exceptions, which its tests state.
+    """
+    if not supported(column, method):
+        return
+    model = build(column, method).train()
+    logits = model(images(column))
+    (logits * torch.randn_like(logits)).sum().backward()
+    idle = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or parameter.grad.abs().max() < 1e-12)
+    ]
+    if column == "CeiT":
+        idle = [name for name in idle if ".mlp." not in name and ".norm2." not in name]
+    assert not idle
+
+
+@every_cell
+def test_folded_gives_the_same_with_one_addition_a_served_layer(column: str, method: str) -> None:
+    """Read out by a mean, the folded graph has GAP's additions and one for each served layer, exactly."""
+    if not supported(column, method):
+        return
+    model, batch = build(column, method), images(column)
+    folded = fold(model)
+    with torch.no_grad():
+        assert_close(folded(batch), model(batch))
+        assert_close(folded.forward_features(batch), model.forward_features(batch))
+    spec = model.spec
+    if model.global_pool == "avg":
+        served = 0 if spec.first_layer is None else len(model.blocks) - spec.first_layer
+        gap = additions(build(column, "gap"), batch)
+        assert additions(folded, batch) == gap + served - (not spec.input_pe)
+
+
+class Additions(TorchDispatchMode):
+    """Counts the additions that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def additions(model: nn.Module, batch: Tensor) -> int:
+    with torch.no_grad(), Additions() as counting:
+        model(batch)
+    return counting.count["aten.add"]
+
+
+@every_kind
+def test_intermediates_come_from_the_same_loop(column: str, method: str) -> None:
+    model, batch = build(column, method), images(column)
+    final, maps = model.forward_intermediates(batch)
+    assert_close(final, model.forward_features(batch), 0)
+    info = model.feature_info
+    assert [m.shape[1] for m in maps] == [entry["num_chs"] for entry in info]
+    height, width = SMALL[column]["img_size"]
+    assert [tuple(m.shape[2:]) for m in maps] == [(height // i["reduction"], width // i["reduction"]) for i in info]
+    some = model.forward_intermediates(batch, [0, -1], intermediates_only=True)
+    assert torch.equal(some[0], maps[0])
+    assert torch.equal(some[1], maps[-1])
+
+
+@every_kind
+def test_timms_feature_wrapper_gives_these_maps(column: str, method: str) -> None:
+    name, arguments = SUPPORTED[column]
+    if name.startswith("timm/"):  # a converted network is no entry of timm's registry
+        return
+    model, batch = build(column, method), images(column)
+    wrapped = timm.create_model(
+        f"mpvg_{name}", method=method, features_only=True, out_indices=(0, 1), **arguments, **SMALL[column]
+    )
+    wrapped = wrapped.double().eval()
+    state = model.state_dict()
+    wrapped.model.load_state_dict({key: state[key] for key in wrapped.model.state_dict()}, strict=True)
+    expected = model.forward_intermediates(batch, [0, 1], intermediates_only=True)
+    for one, other in zip(wrapped(batch), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@every_kind
+def test_gradient_checkpointing_changes_nothing(column: str, method: str) -> None:
+    model = build(column, method, attn_drop_rate=0.0).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    batch, results = images(column), []
+    for enable in (False, True):
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing(enable)
+        loss = twin(batch).square().sum()
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}))
+    assert_close(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[0][1].items():
+        assert_close(results[1][1][name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")  # timm's own resizing
+@every_kind
+def test_another_image_size_runs_and_folds(column: str, method: str) -> None:
+    """The raw PE is resampled and then delivered; a network built at that size takes the weights."""
+    model, size = build(column, method), OTHER_SIZE.get(column, (64, 32))
+    model.set_input_size(img_size=size)
+    batch = images(column, size)
+    logits = model(batch)
+    assert logits.shape == (2, 5)
+    assert_close(fold(model)(batch), logits)
+
+
+@every_kind
+def test_layer_decay_puts_each_layer_norm_at_the_rate_of_its_layer(column: str, method: str) -> None:
+    model: Any = build(column, method)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    rate = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert rate.keys() >= {id(p) for p in named.values() if p.requires_grad}
+    blocks = {id(block): name for name, block in model.named_modules()}
+    layer_rates = [rate[id(named[f"{blocks[id(block)]}.norm1.weight"])] for block in model.blocks]
+    assert sorted(set(layer_rates)) == layer_rates  # one for each layer, upwards
+    deliveries = [model.delivery] if not isinstance(model.delivery, nn.ModuleList) else list(model.delivery)
+    layer = 0
+    for delivery in deliveries:
+        for key, norm in delivery.layer_norms.items():
+            assert rate[id(norm.weight)] == layer_rates[layer + int(key)]
+            assert decay[id(norm.weight)] == decay[id(norm.bias)] == 0
+        layer += delivery.depth
+    if deliveries[-1].last_norm is not None:
+        assert rate[id(deliveries[-1].last_norm.weight)] == rate[id(named["norm.weight"])]
+
+
+@every_kind
+def test_another_methods_weights_start_it_and_a_file_brings_back_its_own(
+    column: str, method: str, tmp_path: Path
+) -> None:
+    """From the published baseline: what both have is equal, and the rest is reported; and from itself: everything."""
+    source = build(column, "default")
+    save_file(source.state_dict(), tmp_path / "default.safetensors")
+    model = build(column, method)
+    report = load_checkpoint(model, tmp_path / "default.safetensors")
+    state, given = model.state_dict(), source.state_dict()
+    for key in report.taken:
+        if state[key].shape == given[key].shape:
+            assert torch.equal(state[key], given[key]), key
+    assert {*report.taken, *report.resampled, *report.new} == state.keys()
+    assert all(key.startswith("delivery.") for key in report.new)
+    assert {key.split("[")[0] for key in report.dropped} <= {"cls_token", "pos_embed"}
+
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    other, batch = build(column, method), images(column)
+    assert (other(batch) - model(batch)).abs().max() > 1e-4
+    assert not load_checkpoint(other, tmp_path / "own.safetensors").new
+    assert torch.equal(other(batch), model(batch))
+
+
+@every_network
+def test_an_exported_mpvg_equals_the_network(column: str) -> None:
+    """torch.export, as deployment needs it: unfolded and folded."""
+    batch = images(column)
+    model = build(column, "mpvg")
+    for network in (model, fold(model)):
+        with torch.no_grad():
+            program = torch.export.export(network, (batch,))
+            assert_close(program.module()(batch), network(batch), 1e-9)
+
+
+@every_network
+def test_the_same_seed_makes_the_same_network(column: str) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        states.append(build(column, "mpvg").state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
