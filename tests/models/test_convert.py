@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import mpvg
@@ -231,7 +233,7 @@ def test_gradient_checkpointing_and_layer_decay_go_on_working(kind: str) -> None
     for name, gradient in results[0].items():
         assert_close(results[1][name], gradient, 1e-12)
     assert "delivery.layer_norms.1.weight" in results[0]
-    groups = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5).param_groups
+    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5).param_groups
     assert len({group["lr_scale"] for group in groups}) >= 4
 
 
@@ -270,6 +272,18 @@ def test_a_class_token_without_a_row_receives_nothing_at_the_last_norm(kind: str
     assert model.no_embed_class
     assert convert(model, "mpvg").spec == METHODS["pvg_token"]
     assert convert(model, "mpvg", readout="method").spec == METHODS["mpvg"]
+
+
+@pytest.mark.parametrize("kind", LIKE)
+def test_timms_feature_wrapper_takes_a_converted_network(kind: str) -> None:
+    """Its maps contain the PE, and what the removed layers would have received is gone."""
+    model = convert(theirs(kind), "mpvg")
+    batch = images_for(model)
+    expected = model.forward_intermediates(batch, [0, 1], intermediates_only=True)
+    wrapped = FeatureGetterNet(copy.deepcopy(model), out_indices=(0, 1))
+    for one, other in zip(wrapped(batch), expected, strict=True):
+        assert torch.equal(one, other)
+    assert not any(name.startswith("model.delivery.layer_norms.2") for name, _ in wrapped.named_parameters())
 
 
 # ---- by name
@@ -378,6 +392,10 @@ def small(name: str, **kwargs: Any) -> nn.Module:
         (lambda: create_model("timm/resnet18"), r"resnet18 cannot be converted"),
         (lambda: create_model("timm/resnet18", pos_std=1.0), r"resnet18 cannot be converted"),
         (lambda: create_model("timm/vit_tiny_patch16_224", start="late"), r"start is 'late'"),
+        (lambda: create_model("timm/vit_tiny_patch16_224.nonsense"), r"cannot be built so: Invalid pretrained tag"),
+        (lambda: create_model("timm/vit_tiny_patch16_224", widht=3), r"cannot be built so: .*argument 'widht'"),
+        (lambda: create_model("timm/vit_tiny_patch16_224", img_size=30), r"image size 30 is not divisible by .* 16"),
+        (lambda: create_model("timm/vit_tiny_patch16_224", features_only=True), r"FeatureGetterNet\(model"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(build: Callable[[], object], message: str) -> None:

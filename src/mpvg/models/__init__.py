@@ -52,6 +52,11 @@ def create_model(
     """
     if pos_std is not None and checkpoint_path is not None:
         raise ValueError(f"pos_std={pos_std} rescales the start of a PE, and {checkpoint_path} has its own; give one")
+    if kwargs.get("features_only") and (checkpoint_path is not None or name.startswith(TIMM)):
+        raise ValueError(
+            "features_only wraps a new network of this package only; build the network with its weights, "
+            "then wrap it: timm.models._features.FeatureGetterNet(model)"
+        )
     if name.startswith(TIMM):
         kwargs |= {"num_classes": num_classes, "checkpoint_path": checkpoint_path, "pos_std": pos_std}
         return create_converted(name.removeprefix(TIMM), method, **kwargs)

@@ -15,6 +15,7 @@ from mpvg.config import unknown
 from mpvg.delivery import DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
 from mpvg.models.checkpoints import load_checkpoint, read_tensors
 from mpvg.models.plain import POS_STD, DeliveredBlock, DeliveredVisionTransformer
+from mpvg.models.registry import check_divisible
 
 Readout = Literal["keep", "method"]
 Start = Literal["fresh", "preserve"]
@@ -85,10 +86,10 @@ def create_converted(
         raise ValueError(unknown("timm model", name, _convertible_names()))
     try:
         model: Any = timm.create_model(name, **kwargs)
-    except TypeError as error:
-        raise ValueError(
-            f"timm's {name} cannot be built so: {error}; see the arguments of its class in timm"
-        ) from error
+    except (TypeError, RuntimeError) as error:  # an argument that its class does not have; an unknown tag
+        raise ValueError(f"timm's {name} cannot be built so: {error}; see its class in timm") from error
+    if kwargs.get("img_size") is not None and hasattr(model, "patch_embed"):
+        check_divisible(kwargs["img_size"], model.patch_embed.patch_size)
     if pos_std is not None:
         _check_convertible(model)
         if kwargs.get("pretrained"):
