@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig,
 from mpvg.delivery import METHODS
 from mpvg.recipes import RECIPES
 
-BASE = RunConfig(data="digits", model="m", epochs=3, batch_size=8, lr=1e-3, recipe="digits")
+BASE = RunConfig(data="digits", model="m", epochs=3, batch_size=8, lr=1e-3, recipe="digits", ema_decay=0.5)
 
 shares = st.floats(0, 1)
 positive = st.floats(1e-12, 1e6)
@@ -22,17 +22,18 @@ text = st.text("abcé:#'\" -0{[\n", max_size=8)
 SPECIAL = {
     "method": st.sampled_from(sorted(METHODS)) | st.sampled_from(list(METHODS.values())).map(lambda s: s.to_dict()),
     "batch_size": st.integers(1, 500).map(lambda half: 2 * half),
-    "device": st.sampled_from(["auto", "cpu", "cuda"]),
-    "precision": st.sampled_from(["fp32", "bf16"]),
     "seed": st.integers(0, 2**31 - 1),
-    "epochs": st.integers(1, 500),
-    "ema_decay": st.none() | st.floats(0.01, 0.99),
+    "epochs": st.integers(2, 500),
+    "ema_decay": st.floats(0.01, 0.99),  # None goes without ema_selects only
     "crop_scale": pairs,
     "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
     "smoothing": st.floats(0, 0.99),
     "drop_path": st.floats(0, 0.99),
     "layer_decay": st.none() | st.floats(0.01, 1),
     "warmup_epochs": st.floats(0, 1),
+    "cooldown_epochs": st.just(0) | st.just(1),
+    "momentum": st.floats(0, 0.99),
+    "crop_pct": st.floats(0.1, 1),
 }
 BY_TYPE = {
     int: st.integers(1, 500),
@@ -43,14 +44,17 @@ BY_TYPE = {
     float | None: st.none() | positive,
     str | None: st.none() | text,
     tuple[float, ...] | None: st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple),
-    Literal["keep", "method"]: st.sampled_from(["keep", "method"]),
-    Literal["fresh", "preserve"]: st.sampled_from(["fresh", "preserve"]),
+    tuple[str, ...]: st.lists(text, max_size=2).map(tuple),
 }
+
+
+def strategy_of(kind: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from(get_args(kind)) if get_origin(kind) is Literal else BY_TYPE[kind]
 
 
 def parts_of(cls: Any) -> dict[str, st.SearchStrategy[Any]]:
     return {
-        f.name: SPECIAL[f.name] if f.name in SPECIAL else BY_TYPE[f.type]
+        f.name: SPECIAL[f.name] if f.name in SPECIAL else strategy_of(f.type)
         for f in dataclasses.fields(cls)
         if f.name not in PARTS
     }
@@ -167,8 +171,14 @@ def test_an_odd_batch_cannot_be_mixed(augment: AugmentConfig, refused: bool) -> 
 
 
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optim\.warmup_epochs 4 is more than epochs 3; give at most that"):
-        replace(BASE, optim=OptimConfig(warmup_epochs=4))
+    for optim in (OptimConfig(warmup_epochs=4), OptimConfig(warmup_epochs=2, cooldown_epochs=2)):
+        with pytest.raises(ValueError, match=r"cooldown_epochs are 4 together, more than epochs 3; give at most that"):
+            replace(BASE, optim=optim)
+
+
+def test_selecting_by_an_average_that_is_not_made_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ema_selects is True, but nothing is averaged; set ema_decay"):
+        replace(BASE, ema_decay=None, ema_selects=True)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,6 @@ def test_a_missing_key_is_named() -> None:
 def test_every_recipe_names_itself_and_survives_yaml(name: str) -> None:
     config = RECIPES[name]()
     assert config.recipe == name
-    assert config.data in (name, "folder")
+    assert config.data in (name, "folder", "cifar100")
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
     assert RECIPES[name].__doc__

@@ -114,7 +114,7 @@ def _base(data: str | None, name: str | None, file: str | None) -> RunConfig:
     for key in ("recipe", "data"):
         if not isinstance(values.get(key, ""), str):
             raise ValueError(f"--config {file}: {key} is {values[key]!r}; allowed: a name, as text")
-    return recipe(name or values.get("recipe"), data or values.get("data") or "digits")
+    return recipe(name or values.get("recipe"), data or values.get("data"))
 
 
 def _parse_config(base: RunConfig, arguments: list[str]) -> RunConfig:

@@ -32,6 +32,8 @@ class NetworkConfig:
     """Channel means of the images that the weights were trained on; None: the data's own, ImageNet's for a folder."""
     std: tuple[float, ...] | None = None
     """Standard deviations of the same images; None: as for `mean`."""
+    crop_pct: float = 0.875
+    """Evaluation on images from files: side of the centre crop, as a share of the resized image's shorter side."""
 
     def __post_init__(self) -> None:
         _check("network.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "a whole number >= 1")
@@ -39,6 +41,7 @@ class NetworkConfig:
         _check("network.drop_path", self.drop_path, 0 <= self.drop_path < 1, "a number in [0, 1)")
         _check("network.readout", self.readout, self.readout in ("keep", "method"), "'keep', 'method'")
         _check("network.start", self.start, self.start in ("fresh", "preserve"), "'fresh', 'preserve'")
+        _check("network.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         _check("network.std", self.std, all(value > 0 for value in self.std or ()), "numbers > 0")
 
 
@@ -49,7 +52,13 @@ class AugmentConfig:
     crop_padding: int = 0
     """Tensor data: random crop after padding by so many pixels; 0: none."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Folders: share of the image area that a random resized crop takes."""
+    """timm's pipeline: share of the image area that a random resized crop takes."""
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """timm's pipeline: how a crop is resized; "random" draws bilinear or bicubic for each image."""
+    pipeline: Literal["auto", "timm"] = "auto"
+    """auto: timm's transforms for files, augmentation on the device for named sets; timm: for named sets, too."""
+    repeats: int = 1
+    """Repeated augmentation: times that a drawn image stands in an epoch, which is no longer for it; 1: off."""
     hflip: float = 0.0
     """Probability of a horizontal flip."""
     auto_augment: str | None = None
@@ -71,6 +80,7 @@ class AugmentConfig:
         _check("augment.crop_padding", self.crop_padding, self.crop_padding >= 0, "a whole number >= 0")
         low, high = self.crop_scale
         _check("augment.crop_scale", self.crop_scale, 0 < low <= high <= 1, "two numbers with 0 < low <= high <= 1")
+        _check("augment.repeats", self.repeats, self.repeats >= 1, "a whole number >= 1")
         for name in ("hflip", "erase", "mix_prob", "mix_switch"):
             _check(f"augment.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
         for name in ("mixup", "cutmix"):
@@ -90,13 +100,21 @@ class OptimConfig:
     name: str = "adamw"
     """An optimizer that timm knows by name."""
     weight_decay: float = 0.05
-    """Weight decay; 1-D parameters, position embeddings and class tokens are exempt."""
+    """Weight decay; 1-D parameters and what the network exempts, such as its PE, are spared."""
+    decay_all: bool = False
+    """Whether no parameter is spared."""
+    momentum: float = 0.9
+    """Momentum of SGD and its like."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     layer_decay: float | None = None
     """Learning-rate factor per layer, from the head downwards, for fine-tuning; None: off."""
+    body_lr: float | None = None
+    """Factor on the learning rate of all but the head, for fine-tuning; None: 1."""
+    frozen: tuple[str, ...] = ()
+    """Patterns (re.search) of parameters that are not trained."""
     clip_grad: float | None = None
     """Largest global gradient norm; None: no clipping."""
     warmup_epochs: float = 0.0
@@ -104,15 +122,36 @@ class OptimConfig:
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule."""
+    schedule: str = "cosine"
+    """A schedule that timm knows by name."""
+    schedule_unit: Literal["step", "epoch"] = "step"
+    """How often the learning rate changes."""
+    schedule_lag: int = 0
+    """Units by which the rate comes late, as in scripts that set it behind the step or epoch that it is for."""
+    decay_epochs: float | None = None
+    """Epochs between the falls of schedule `step`, or the length of the decay at the end of `wsd` and `rsqrt`."""
+    decay_rate: float = 0.1
+    """Factor of each fall of schedule `step`, or the power of `poly`."""
+    warmup_prefix: bool = False
+    """Whether the schedule begins after the warm-up; otherwise its first part is replaced by it."""
+    cooldown_epochs: int = 0
+    """Last epochs, counted inside `epochs`, at the schedule's final rate."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+        for name in ("weight_decay", "decay_rate", "warmup_epochs", "warmup_lr", "min_lr"):
             _check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        for name in ("schedule_lag", "cooldown_epochs"):
+            _check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a whole number >= 0")
+        _check("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
+        _check("optim.body_lr", self.body_lr, self.body_lr is None or self.body_lr > 0, "a number > 0")
         low, high = self.betas
         _check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")
         _check("optim.eps", self.eps, self.eps >= 0, "a number >= 0")
         _check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a number > 0")
+        _check(
+            "optim.decay_epochs", self.decay_epochs, self.decay_epochs is None or self.decay_epochs > 0, "a number > 0"
+        )
         decay = self.layer_decay
         _check("optim.layer_decay", decay, decay is None or 0 < decay <= 1, "a number in (0, 1]")
 
@@ -162,6 +201,10 @@ class RunConfig:
     """CPU threads of the arithmetic; None: all. The same number gives the same bits."""
     ema_decay: float | None = None
     """Decay of the averaged weights, evaluated beside the trained ones; None: off."""
+    ema_selects: bool = False
+    """Whether the best checkpoint is the one whose averaged weights score best."""
+    accumulate: int = 1
+    """Parts in which a process goes through its share of a batch, to save memory; the step is the same."""
     save_steps: int | None = None
     """Steps between checkpoints inside an epoch; None: at the end of each epoch only."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -177,14 +220,19 @@ class RunConfig:
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "a whole number >= 1")
         _check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "a whole number >= 1")
         _check("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
+        _check("accumulate", self.accumulate, self.accumulate >= 1, "a whole number >= 1")
+        if self.ema_selects and self.ema_decay is None:
+            raise ValueError("ema_selects is True, but nothing is averaged; set ema_decay")
         if self.augment.mixes and self.batch_size % 2:
             raise ValueError(
                 f"batch_size {self.batch_size} is odd, but mixup and cutmix pair the images of a batch; "
                 "give an even batch_size, or set augment.mixup and augment.cutmix to 0"
             )
-        if self.optim.warmup_epochs > self.epochs:
+        ends = self.optim.warmup_epochs + self.optim.cooldown_epochs
+        if ends > self.epochs:
             raise ValueError(
-                f"optim.warmup_epochs {self.optim.warmup_epochs} is more than epochs {self.epochs}; give at most that"
+                f"optim.warmup_epochs and optim.cooldown_epochs are {ends} together, more than epochs {self.epochs}; "
+                "give at most that"
             )
 
     def to_dict(self) -> dict[str, Any]:

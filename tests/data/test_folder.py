@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpvg.config import RunConfig
 from mpvg.data import Batches, Data, open_data
-from mpvg.data.folder import FolderBatches, FolderImages
+from mpvg.data.images import ImageBatches, Samples
 
 CPU = torch.device("cpu")
 Opener = Callable[..., Data]
@@ -105,10 +105,10 @@ def test_batches_do_not_depend_on_the_random_state(open_images: Opener) -> None:
 
 def test_images_can_be_sent_to_a_spawned_worker(open_images: Opener) -> None:
     train = open_images(auto_augment="rand-m9-mstd0.5-inc1", erase=0.5).train
-    assert isinstance(train, FolderBatches)
+    assert isinstance(train, ImageBatches)
     images = train._loader.dataset
     copy = pickle.loads(pickle.dumps(images))
-    assert isinstance(copy, FolderImages)
+    assert isinstance(copy, Samples)
     assert torch.equal(copy[30][0], images[30][0])
     assert pickle.loads(pickle.dumps(train._loader.collate_fn)) is train._loader.collate_fn
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from mpvg.config import OptimConfig, RunConfig
 from mpvg.models import create_model
+from mpvg.recipes import recipe
 from mpvg.training.optimizer import build_optimizer, build_schedule, pack, unpack
 
 MakeConfig = Callable[..., RunConfig]
@@ -109,7 +111,7 @@ def test_the_schedule_is_a_line_and_then_a_cosine_over_all_epochs(tiny: MakeConf
     schedule = build_schedule(optimizer, config, steps_per_epoch=10)
     rates = []
     for step in range(40):
-        schedule.step_update(step)
+        schedule.set_rate(step // 10, step)
         rates.append(optimizer.param_groups[0]["lr"])
     ramp = int(10 * warmup)
     expected = [1e-4 + (1e-2 - 1e-4) * step / ramp for step in range(ramp)]
@@ -126,7 +128,7 @@ def test_the_schedule_needs_no_history(tiny: MakeConfig) -> None:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
         schedule = build_schedule(optimizer, config, steps_per_epoch=10)
         for step in order:
-            schedule.step_update(step)
+            schedule.set_rate(step // 10, step)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[0] == rates[1]
 
@@ -136,5 +138,118 @@ def test_a_peak_below_the_ends_flattens_them(tiny: MakeConfig) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule = build_schedule(optimizer, config, steps_per_epoch=5)
     for step in range(10):
-        schedule.step_update(step)
+        schedule.set_rate(step // 5, step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-7)
+
+
+# ---- the schedules of the paper's runs, against formulas
+
+
+def cosine(t: float, length: float, low: float, high: float) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * t / length)) / 2
+
+
+def rates(config: RunConfig, steps_per_epoch: int) -> list[float]:
+    """The rate of every step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    schedule, found = build_schedule(optimizer, config, steps_per_epoch), []
+    for step in range(config.epochs * steps_per_epoch):
+        schedule.set_rate(step // steps_per_epoch, step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def by_epoch(name: str) -> list[float]:
+    """One rate an epoch; that it is the same for all its steps is checked on the way."""
+    found = rates(recipe(name), 2)
+    assert found[::2] == found[1::2]
+    return found[::2]
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "deit_small", "deit_base", "ceit_tiny"])
+def test_deits_rate_comes_an_epoch_late(name: str) -> None:
+    """Epochs 0 and 1 both at 1e-6, the last at the rate of epoch 298: 1.01e-5."""
+    at = [1e-6 + (1e-3 - 1e-6) * e / 5 if e < 5 else cosine(e, 300, 1e-5, 1e-3) for e in range(300)]
+    found = by_epoch(name)
+    assert found == pytest.approx([at[0], *at[:-1]], rel=1e-9)
+    assert found[:2] == [1e-6, 1e-6]
+    assert found[-1] == pytest.approx(1.01e-5, rel=2e-2)
+
+
+def test_swins_rate_changes_with_every_step_and_its_cosine_begins_behind_the_warm_up() -> None:
+    steps = 3
+    at = [1e-6 + (1e-3 - 1e-6) * s / (20 * steps) for s in range(20 * steps)]
+    at += [cosine(s, 280 * steps, 1e-5, 1e-3) for s in range(280 * steps)]
+    assert rates(recipe("swin_tiny"), steps) == pytest.approx([at[0], *at[:-1]], rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "peak"), [("t2t_vit_7", 1e-3), ("vit_lite_7_cifar100", 6e-4)])
+def test_the_last_ten_of_310_epochs_are_at_the_final_rate(name: str, peak: float) -> None:
+    at = [1e-6 + (peak - 1e-6) * e / 10 if e < 10 else cosine(e, 300, 1e-5, peak) for e in range(300)]
+    assert by_epoch(name) == pytest.approx(at + [1e-5] * 10, rel=1e-9)
+
+
+def test_the_transfers_head_and_body_end_at_the_same_rate() -> None:
+    """5e-2 for the head, a hundredth for the rest, 2e-4 at the end for both; no update for what the script left out."""
+    config = recipe("t2t_vit_7_cifar100")
+    model = create_model("t2t_vit_7", "mpvg", num_classes=100, img_size=32)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, 2)
+    named = dict(model.named_parameters())
+    rate = {id(p): (lambda g=group: g["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    assert not isinstance(optimizer, torch.optim.AdamW)
+    assert {(g["weight_decay"], g["momentum"], g["nesterov"]) for g in optimizer.param_groups} == {(5e-4, 0.9, False)}
+    still = [name for name in named if name.startswith(("norm.", "delivery.last_norm.", "pos_embed"))]
+    still += [name for name in named if name.endswith((".attention1.w", ".attention2.w"))]
+    assert sorted(set(named) - {n for n, p in named.items() if id(p) in rate}) == sorted(still)
+    for epoch in (0, 30, 59):
+        schedule.set_rate(epoch, 2 * epoch)
+        for name, parameter in named.items():
+            if name not in still:
+                base = 5e-2 if name.startswith("head.") else 5e-4
+                assert rate[id(parameter)]() == pytest.approx(cosine(epoch, 60, 2e-4, base)), name
+
+
+@pytest.mark.parametrize("name", ["tanh", "step", "poly", "wsd", "rsqrt", "constant"])
+def test_any_schedule_that_timm_knows_goes_by_name(tiny: MakeConfig, name: str) -> None:
+    """As timm's own factory makes it, from the same values."""
+    config = tiny(epochs=4, lr=1e-2, optim=OptimConfig(schedule=name, warmup_epochs=1, decay_epochs=1, decay_rate=0.5))
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    timms, _ = create_scheduler_v2(
+        other,
+        sched=name,
+        num_epochs=4,
+        decay_epochs=1,
+        decay_rate=0.5,
+        min_lr=1e-5,
+        warmup_lr=1e-6,
+        warmup_epochs=1,
+        step_on_epochs=False,
+        updates_per_epoch=5,
+    )
+    expected = []
+    for step in range(20):
+        timms.step_update(step)
+        expected.append(other.param_groups[0]["lr"])
+    assert rates(config, 5) == pytest.approx(expected)
+    assert len(set(expected[5:])) > 1 or name == "constant"
+
+
+@pytest.mark.parametrize("name", ["cosin", "plateau", "none"])
+def test_a_schedule_that_does_not_go_by_time_is_refused(tiny: MakeConfig, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.schedule is '{name}'; allowed: .* cosine, tanh"):
+        rates(tiny(optim=OptimConfig(schedule=name)), 2)
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"frozen": ("blocks[",)}, r"optim\.frozen: 'blocks\[' is no pattern"),
+        ({"frozen": ("blokcs",)}, r"optim\.frozen: no parameter matches 'blokcs'"),
+        ({"body_lr": 0.1, "layer_decay": 0.7}, r"optim\.body_lr and optim\.layer_decay both set the rates"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused(tiny: MakeConfig, optim: dict[str, Any], message: str) -> None:
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(model, tiny(optim=OptimConfig(**optim)))

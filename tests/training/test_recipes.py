@@ -68,6 +68,14 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "cifar100": write_cifar100,
     "folder": write_folder,
     "finetune": write_folder,
+    "deit_tiny": write_folder,
+    "deit_small": write_folder,
+    "deit_base": write_folder,
+    "swin_tiny": write_folder,
+    "ceit_tiny": write_folder,
+    "t2t_vit_7": write_folder,
+    "vit_lite_7_cifar100": write_cifar100,
+    "t2t_vit_7_cifar100": write_cifar100,
 }
 FOLDERS = [name for name, write in LAYOUTS.items() if write is write_folder]
 
@@ -79,17 +87,20 @@ def test_every_recipe_has_its_files_here() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
     root = LAYOUTS[name](tmp_path)
-    config = recipe(name, str(root) if name in FOLDERS else name)
+    config = recipe(name, str(root) if name in FOLDERS else None)
     steps = 1 if name != "digits" else 2
+    size = 32 if name in FOLDERS or config.network.img_size else None  # 224 pixels would take minutes
     config = replace(
         config,
         epochs=1,
         batch_size=718 if name == "digits" else 8 if name in FOLDERS else 16,
         device="cpu",
+        precision="fp32",
         threads=1,
         out=str(tmp_path / "run"),
         loader=replace(config.loader, root=str(root), workers=0),
-        optim=replace(config.optim, warmup_epochs=0),
+        network=replace(config.network, img_size=size),
+        optim=replace(config.optim, warmup_epochs=0, cooldown_epochs=0, schedule_lag=0),
     )
     summary = train(config, quiet=True)
     run = runs.load(tmp_path / "run")
@@ -103,8 +114,9 @@ def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
 
 
 def test_a_data_set_finds_its_own_recipe_and_a_folder_the_one_for_folders() -> None:
-    for name in RECIPES.keys() - {"finetune"}:
-        assert recipe(None, name) == RECIPES[name]()
+    for name in ("digits", "fashion-mnist", "cifar10", "cifar100", "folder"):
+        assert recipe(None, name) == recipe(name) == RECIPES[name]()
+    assert recipe() == RECIPES["digits"]()
     assert recipe(None, "finetune") == replace(RECIPES["folder"](), data="finetune")  # a folder of this name
     assert recipe(None, "some/folder") == replace(RECIPES["folder"](), data="some/folder")
     assert recipe("cifar10", "some/folder") == replace(RECIPES["cifar10"](), data="some/folder")

@@ -1,7 +1,7 @@
 """Files in, batches out: named sets that lie on the device as a whole, and folders of image files."""
 
 from mpvg.data.contract import Batches, Data, DataInfo
-from mpvg.data.folder import read_image
+from mpvg.data.images import read_image
 from mpvg.data.opening import make_preprocess, open_data
 from mpvg.data.sources import DATASETS
 

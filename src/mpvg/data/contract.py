@@ -30,6 +30,10 @@ class DataInfo:
     """Training images, over all processes."""
     val_size: int
     """Validation images, over all processes."""
+    crop_pct: float = 0.875
+    """timm's pipeline: side of the centre crop at evaluation, as a share of the resized image's shorter side."""
+    pipeline: str = "auto"
+    """How images become inputs, as `augment.pipeline` asks for it."""
 
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -102,6 +106,8 @@ class BatchOrder:
     seed: int
     rank: int
     world_size: int
+    repeats: int = 1
+    """Training: times that a drawn sample stands in the epoch, which is no longer for it; copies are shared out."""
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -121,7 +127,7 @@ class BatchOrder:
         return -(-len(range(self.rank, self.size, self.world_size)) // self._local)
 
     def batches(self, epoch: int, start: int) -> Iterator[Tensor]:
-        """The sample numbers (B,) of each batch from `start` on, int64 on the CPU.
+        """The sample numbers (B,) of each batch from `start` on, int64 on the CPU; plus `size` for each repeat before.
 
         Raises:
             ValueError: start is not in [0, len].
@@ -130,8 +136,12 @@ class BatchOrder:
             raise ValueError(f"start is {start}; an epoch has {len(self)} batches, so allowed: 0 to {len(self)}")
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
-            used = torch.randperm(self.size, generator=generator)[: len(self) * self.batch_size]
-            yield from used.view(-1, self.world_size, self._local)[start:, self.rank]  # (batches, B)
+            drawn, place = torch.randperm(self.size, generator=generator), torch.arange(len(self) * self.batch_size)
+            used = drawn[place // self.repeats] + self.size * (place % self.repeats)
+            if self.repeats > 1:
+                yield from used.view(-1, self._local, self.world_size)[start:, :, self.rank]
+            else:
+                yield from used.view(-1, self.world_size, self._local)[start:, self.rank]  # (batches, B)
         else:
             yield from torch.arange(self.rank, self.size, self.world_size).split(self._local)[start : len(self)]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mpvg.config import RunConfig
-from mpvg.data import folder, tensors
+from mpvg.data import folder, images, tensors
 from mpvg.data.contract import Data, DataInfo
 from mpvg.data.sources import DATASETS
 
@@ -41,4 +41,5 @@ def open_data(config: RunConfig, *, device: torch.device, rank: int = 0, world_s
 
 def make_preprocess(info: DataInfo) -> Callable[[Image.Image], Tensor]:
     """An image to the network's input (C, H, W), as validation on the data set makes it; the data set is not read."""
-    return tensors.Preprocess(info) if info.name in DATASETS else folder.make_preprocess(info)
+    on_the_device = info.name in DATASETS and info.pipeline == "auto"
+    return tensors.Preprocess(info) if on_the_device else images.make_preprocess(info)

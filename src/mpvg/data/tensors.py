@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional
 from mpvg.config import RunConfig
 from mpvg.data.augment import Augment, normalise
 from mpvg.data.contract import BatchOrder, Data, DataInfo
+from mpvg.data.images import Arrays, Labelled, open_images
 from mpvg.data.sources import SOURCES, Split
 
 
@@ -26,14 +27,28 @@ def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_si
         img_size=config.network.img_size or raw.train.images.shape[-1],
         mean=config.network.mean or source.mean,
         std=config.network.std or source.std,
+        crop_pct=config.network.crop_pct,
+        pipeline=config.augment.pipeline,
         train_size=len(raw.train.targets),
         val_size=len(raw.val.targets),
     )
+    if config.augment.pipeline == "timm":
+        if info.in_chans != 3:
+            raise ValueError(
+                f"augment.pipeline is 'timm', whose transforms are for colour; {info.name} is grey: leave it out"
+            )
+        splits = [Labelled(Arrays(split.images), split.targets.tolist()) for split in (raw.train, raw.val)]
+        return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
+    if config.augment.repeats > 1:
+        raise ValueError(
+            f"augment.repeats is {config.augment.repeats}, but augmentation on the device draws once for each image; "
+            "give --augment.pipeline timm, or leave it out"
+        )
     augment = Augment(config.augment, info, config.seed, device)
     order = partial(BatchOrder, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
 
     def batches(split: Split, augment: Augment | None) -> TensorBatches:
-        split = Split(_resize(split.images, info.img_size).to(device), split.targets.to(device))
+        split = Split(split.images.to(device), split.targets.to(device))
         return TensorBatches(split, order(size=len(split.targets), shuffle=augment is not None), augment, info)
 
     return Data(info, batches(raw.train, augment), batches(raw.val, None), Preprocess(info))
@@ -56,10 +71,12 @@ class TensorBatches:
         table = self._augment.draw(epoch).to(targets.device) if self._augment else None
         for chosen in self._order.batches(epoch, start):
             chosen = chosen.to(targets.device)
+            # Batch by batch: a whole set at 224 pixels would take fifty times the room of one at 32.
+            batch = _resize(images[chosen], self._info.img_size)
             if self._augment and table is not None:
-                yield self._augment(images[chosen], table[:, chosen]), targets[chosen]
+                yield self._augment(batch, table[:, chosen]), targets[chosen]
             else:
-                yield normalise(images[chosen], self._info), targets[chosen]
+                yield normalise(batch, self._info), targets[chosen]
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class Preprocess:
 
 
 def _resize(images: Tensor, side: int) -> Tensor:
-    """Resizes (N, C, H, W) to a square; in pieces, since the resize works in float32, four times the memory."""
+    """Resizes (N, C, H, W) to a square."""
     if images.shape[-2:] == (side, side):
         return images
-    return torch.cat([functional.resize(piece, [side, side], antialias=True) for piece in images.split(1024)])
+    return functional.resize(images, [side, side], antialias=True)

@@ -5,6 +5,7 @@ the data, and mixup, dropout and drop path from generators that are seeded anew 
 interrupted anywhere therefore continues with the same bits, and no generator's state has to be saved.
 """
 
+import contextlib
 import math
 import random
 import time
@@ -45,7 +46,7 @@ class Position:
     step: int = 0
     """Optimizer steps done."""
     loss_sum: float = 0.0
-    """Sum of the losses of the epoch in progress."""
+    """Sum of the losses of the epoch in progress; up to date with other processes at its end and in checkpoints."""
     seconds: float = 0.0
     """Time spent in steps, waiting for data included."""
     images: int = 0
@@ -186,21 +187,27 @@ class Trainer:
             )
             if self.config.save_steps and here.step % self.config.save_steps == 0 and here.batch < batches:
                 here.seconds += time.perf_counter() - begun
+                self._share_loss()
                 self._check_weights()
                 self._save(best=False)
                 begun, images_before = time.perf_counter(), here.images
         here.seconds += time.perf_counter() - begun
+        self._share_loss()
+
+    def _share_loss(self) -> None:
+        """Makes the loss so far that of the whole batches, of which every process has seen its share."""
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(self.position.loss_sum, dtype=torch.float64)
+            self.position.loss_sum = self.accelerator.reduce(mine.to(self.accelerator.device), "mean").item()
 
     def _step(self, images: Tensor, targets: Tensor) -> float:
         """One optimizer step; returns its loss."""
         here, config = self.position, self.config
         seed_everything(config.seed, here.epoch, here.batch, self.accelerator.process_index)
-        self.schedule.step_update(here.step)
+        self.schedule.set_rate(here.epoch, here.step)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        with self.accelerator.autocast():
-            loss = classification_loss(self.model(images), targets, config.augment.smoothing)
-        self.accelerator.backward(loss)
+        loss = self._backward(images, targets)
         if config.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad)
         self.optimizer.step()
@@ -213,6 +220,22 @@ class Trainer:
                 f"the loss is {value} at step {here.step + 1} (epoch {here.epoch + 1}, batch {here.batch + 1})"
             )
         return value
+
+    def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Adds up the gradients of a batch, part by part; returns its loss."""
+        total = torch.zeros((), device=images.device)
+        size = math.ceil(len(images) / self.config.accumulate)
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
+        for number, (part, wanted) in enumerate(parts, 1):
+            # Gradients cross the processes once a step, with the last part.
+            waiting = self.accelerator.no_sync(self.model) if number < len(parts) else contextlib.nullcontext()
+            with waiting:
+                with self.accelerator.autocast():
+                    loss = classification_loss(self.model(part), wanted, self.config.augment.smoothing)
+                loss = loss * (len(part) / len(images))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     def _diverged(self, what: str) -> NonFiniteLoss:
         last = self.run.path / "checkpoints" / "last"
@@ -245,8 +268,9 @@ class Trainer:
             "skipped": here.skipped,
             "seconds": round(here.seconds, 3),
         }
-        best = scores.accuracy > here.best
-        here.best = max(here.best, scores.accuracy)
+        accuracy = values["ema_accuracy" if self.config.ema_selects else "accuracy"]
+        best = accuracy > here.best
+        here.best = max(here.best, accuracy)
         here.epoch, here.batch, here.loss_sum = here.epoch + 1, 0, 0.0
         if self.accelerator.is_main_process:
             runs.append_metrics(self.run.path, values)
@@ -266,7 +290,8 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         """The run in one line: what a study collects."""
         config, metrics = self.config, self.run.metrics()
-        last, best = metrics[-1], max(metrics, key=lambda line: line["accuracy"])
+        selects = "ema_accuracy" if config.ema_selects else "accuracy"
+        last, best = metrics[-1], max(metrics, key=lambda line: line[selects])
         values: dict[str, Any] = {
             "config_hash": config.digest(),
             "recipe": config.recipe,
@@ -278,7 +303,7 @@ class Trainer:
             "seed": config.seed,
             "accuracy": last["accuracy"],
             "nll": last["nll"],
-            "best_accuracy": best["accuracy"],
+            "best_accuracy": best[selects],
             "best_epoch": best["epoch"],
         }
         if self.ema is not None:

@@ -1,12 +1,13 @@
 """Complete configs to start from, one function each; every field can be overridden on the command line.
 
-Each says what it is for and what it costs. The recipes of the paper's own tables are not among them yet.
+Each says what it is for and what it costs; the runs of the paper are in `paper.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig, unknown
+from mpvg.recipes import paper
 
 
 def digits() -> RunConfig:
@@ -101,20 +102,31 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar100": cifar100,
     "folder": folder,
     "finetune": finetune,
+    "deit_tiny": paper.deit_tiny,
+    "deit_small": paper.deit_small,
+    "deit_base": paper.deit_base,
+    "swin_tiny": paper.swin_tiny,
+    "ceit_tiny": paper.ceit_tiny,
+    "t2t_vit_7": paper.t2t_vit_7,
+    "vit_lite_7_cifar100": paper.vit_lite_7_cifar100,
+    "t2t_vit_7_cifar100": paper.t2t_vit_7_cifar100,
 }
 """The recipes by name; a data set's default recipe has its name, and a folder's is "folder"."""
 
 
-def recipe(name: str | None, data: str) -> RunConfig:
-    """The recipe of a name, or the default one of a data set (of a folder, where it is none), on that data set.
+def recipe(name: str | None = None, data: str | None = None) -> RunConfig:
+    """The recipe of a name, on its own data unless others are given; or the default one of a data set or folder.
 
     Raises:
         ValueError: there is no such recipe.
     """
-    name = name or (data if data in RECIPES and RECIPES[data]().data == data else "folder")
+    if name is None:
+        data = data or "digits"
+        name = data if data in RECIPES and RECIPES[data]().data == data else "folder"
     if name not in RECIPES:
         raise ValueError(unknown("recipe", name, RECIPES, near=2))
-    return replace(RECIPES[name](), data=data)
+    config = RECIPES[name]()
+    return config if data is None else replace(config, data=data)
 
 
 def _strong(crop_padding: int = 0) -> AugmentConfig:
