@@ -76,6 +76,24 @@ def test_the_correlation_is_that_of_the_mean_token_with_what_its_layer_receives(
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_networks_of_other_forms_have_their_correlations() -> None:
+    """CeiT's Last LN sees no tokens; in a Swin each stage has its own PE, and where it has none that is said."""
+    images = torch.randn(4, 3, 28, 28)
+    swin: Any = create_model("swin_mini_patch2_28", "mpvg", num_classes=3)
+    values = position_correlation(swin, images)
+    assert len(values) == len(swin.blocks) + 1
+    seen: list[Tensor] = []
+    swin.blocks[3].norm1.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    swin(images)
+    pe = swin.deliver(swin.position()).per_layer[3][0].flatten()
+    by_numpy = np.corrcoef(seen[0].mean(dim=0).flatten().detach().numpy(), pe.detach().numpy())[0, 1]
+    assert values[3] == pytest.approx(by_numpy, abs=1e-5)
+    with pytest.raises(ValueError, match=r"delivers nothing where tokens are \(49, 96\), .* \(196, 48\)"):
+        position_correlation(create_model("swin_mini_patch2_28", "gap", num_classes=3), images)
+    ceit = create_model("ceit_tiny_patch16_224", "mpvg", num_classes=3, img_size=32)
+    assert len(position_correlation(ceit, torch.randn(4, 3, 32, 32))) == 12
+
+
 def test_the_hooks_are_gone_after_an_error_too() -> None:
     model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
     with pytest.raises(AssertionError):

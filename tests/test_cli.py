@@ -556,3 +556,31 @@ def test_a_missing_package_is_named_and_a_traceback_can_be_had(tmp_path: Path) -
     ended = subprocess.run([*mpvg, "train", "--epochs", "0"], check=False, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "mpvg: error: epochs is 0; allowed: a whole number >= 1\n"
+
+
+# ---- a command that is started again
+
+
+def test_the_same_command_with_auto_resume_begins_goes_on_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    """As torchrun starts it again after a crash: with no run yet, with an interrupted one, with a complete one."""
+    command = [*TRAIN, "--out", str(tmp_path / "run"), "--save_steps", "2", "--auto_resume"]
+    original = loop.Trainer._step
+
+    def step(self: Any, *args: Any) -> Any:
+        if self.position.step == 3:
+            raise OSError("the machine is gone")
+        return original(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_step", step)
+    assert refused(*command) == "the machine is gone"
+    monkeypatch.setattr(loop.Trainer, "_step", original)
+    assert main(command) == 0
+    assert "from step 2" in capsys.readouterr().out
+    line = (tmp_path / "run/metrics.jsonl").read_text()
+    assert main(command) == 0
+    assert "done: accuracy" in capsys.readouterr().out
+    assert (tmp_path / "run/metrics.jsonl").read_text() == line
+    assert "seed is 0 there, 5 given" in refused(*command, "--seed", "5")
+    assert "already holds a run" in refused(*command[:-1])

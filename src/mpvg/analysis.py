@@ -162,7 +162,10 @@ def position_correlation(model: nn.Module, images: Tensor) -> list[float]:
         images: preprocessed images `(B, C, H, W)`.
 
     Returns:
-        One value in [-1, 1] a layer, and one for the Last LN.
+        One value in [-1, 1] a layer, and one for the Last LN where it normalises tokens (not in CeiT).
+
+    Raises:
+        ValueError: a stage of a staged network receives nothing, and the raw PE is of another stage.
     """
     network: Any = model.eval()
     seen: list[Tensor] = []
@@ -175,12 +178,20 @@ def position_correlation(model: nn.Module, images: Tensor) -> list[float]:
             handle.remove()
     pos = network.position()
     delivered = network.deliver(pos)
-    # Rows are counted from the end: prefix tokens come first, and not every PE has a row for them.
-    patches = network.patch_embed.num_patches
-    pairs = zip(seen, [*delivered.per_layer, delivered.last], strict=True)
-    return [
-        _pearson(tokens[:, -patches:].mean(dim=0), (pos if pe is None else pe)[0, -patches:]) for tokens, pe in pairs
-    ]
+    values = []
+    for tokens, pe in zip(seen, [*delivered.per_layer, delivered.last], strict=True):
+        if tokens.ndim == 2:  # the one vector that CeiT reads out
+            continue
+        mean, pe = tokens.mean(dim=0).flatten(0, -2), pos if pe is None else pe
+        # Rows are counted from the end: prefix tokens come first, and not every PE has a row for them.
+        patches = len(mean) - getattr(network, "num_prefix_tokens", 0)
+        if pe.shape[1:] != (len(mean), mean.shape[1]) and pe.shape[1:] != (patches, mean.shape[1]):
+            raise ValueError(
+                f"{type(network).__name__} delivers nothing where tokens are {tuple(mean.shape)}, and the raw "
+                f"PE is {tuple(pe.shape[1:])}; use a method that serves every layer and the Last LN, such as mpvg"
+            )
+        values.append(_pearson(mean[-patches:], pe[0, -patches:]))
+    return values
 
 
 def _pearson(a: Tensor, b: Tensor) -> float:

@@ -25,6 +25,8 @@ usage: mpvg VERB [options]     mpvg VERB --help says more
   predict    name what is on images
   inspect    parameters, FLOPs and which layer receives which position embedding
   methods    the methods, as a table
+  runs       list run folders, with their state
+  plot       draw the curves of several runs
   demo       train and compare a few methods; ends with a table and report.html
 
 A first run:  mpvg train --data digits --method mpvg --epochs 2 --seed 0 --out RUN
@@ -67,6 +69,7 @@ def _train(arguments: list[str]) -> int:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--data", "--recipe", "--config", "--resume"):
         early.add_argument(name)
+    early.add_argument("--auto_resume", action="store_true")
     known, _ = early.parse_known_args(arguments)
     if known.resume is not None and "--help" not in arguments:
         return _resume(known.resume, arguments)
@@ -75,6 +78,8 @@ def _train(arguments: list[str]) -> int:
         method = config.method if isinstance(config.method, str) else "custom"
         name = f"{Path(config.data).name}-{config.model}-{method}-seed{config.seed}"
         config = replace(config, out=str(Path("runs") / name))
+    if known.auto_resume and (Path(config.out) / "config.yaml").is_file():
+        return _resume(config.out, arguments)
     from mpvg.training import train
 
     _print_summary(train(config), config.out)
@@ -131,6 +136,11 @@ def _parse_config(base: RunConfig, arguments: list[str]) -> RunConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_argument("--resume", help="Run folder to continue, to the same bits as if it had not been interrupted.")
+    parser.add_argument(
+        "--auto_resume",
+        action="store_true",
+        help="Continue the run in --out if there is one: for commands that restart.",
+    )
     parser.add_class_arguments(RunConfig, as_group=True)
     parser.set_defaults(base.to_dict())
     for action in parser._actions:
@@ -139,7 +149,7 @@ def _parse_config(base: RunConfig, arguments: list[str]) -> RunConfig:
         values = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise ValueError(_explain(str(error), base)) from error
-    del values["config"], values["resume"]
+    del values["config"], values["resume"], values["auto_resume"]
     values.pop("print_config", None)
     return RunConfig.from_dict(values)
 
@@ -323,6 +333,33 @@ def _demo(arguments: list[str]) -> int:
     return 0
 
 
+def _runs(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mpvg runs", description="Lists the run folders below a folder.")
+    parser.add_argument("folder", nargs="?", default="runs", help="where to look (default: runs)")
+    given = parser.parse_args(arguments)
+    from mpvg import study
+
+    rows: list[tuple[str, ...]] = [("run", "state", "epochs", "best, %", "data", "model", "method", "seed")]
+    rows += [state.row() for state in study.find_runs(Path(given.folder))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return 0
+
+
+def _plot(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mpvg plot", description="Draws one number of every epoch for several runs.")
+    parser.add_argument("runs", nargs="+", help="run folders, or folders that hold some")
+    parser.add_argument("--key", default="accuracy", help="a number of metrics.jsonl (default: accuracy)")
+    parser.add_argument("--out", default="curves.png", help="file, .png, .svg or .pdf (default: curves.png)")
+    given = parser.parse_args(arguments)
+    from mpvg import study
+
+    study.plot_runs([Path(run) for run in given.runs], given.key, Path(given.out))
+    print(f"drawn in {given.out}")
+    return 0
+
+
 def _method(text: str) -> Any:
     """A method's name, or a spec's fields as JSON."""
     if not text.lstrip().startswith("{"):
@@ -339,5 +376,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "inspect": _inspect,
     "methods": _methods,
+    "runs": _runs,
+    "plot": _plot,
     "demo": _demo,
 }

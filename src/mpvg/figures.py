@@ -40,6 +40,8 @@ def lines(
         )
     if ticks:
         axes.set_xticks(list(ticks), list(ticks.values()))
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

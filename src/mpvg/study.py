@@ -253,6 +253,83 @@ def _correlation_figure(data: str, folders: dict[Arm, list[runs.Run]]) -> Any:
     return figures.lines(series, title, "layer", "r(mean token, PE)", ticks=ticks)
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a run folder holds."""
+
+    path: Path
+    """The folder."""
+    state: str
+    """complete, unfinished, or why it cannot be read."""
+    run: runs.Run | None
+    """The run; None: it cannot be read."""
+    metrics: list[dict[str, Any]]
+    """Its epochs so far."""
+
+    def row(self) -> tuple[str, ...]:
+        """Path, state, epochs, best accuracy in percent, data, model, method and seed, as text."""
+        if self.run is None:
+            return (str(self.path), self.state, *("-" * 6))
+        config = self.run.config
+        best = f"{100 * max(line['accuracy'] for line in self.metrics):.2f}" if self.metrics else "-"
+        method = config.method if isinstance(config.method, str) else "own"
+        epochs = f"{len(self.metrics)}/{config.epochs}"
+        return str(self.path), self.state, epochs, best, config.data, config.model, method, str(config.seed)
+
+
+def find_runs(root: Path) -> list[RunState]:
+    """Reads all run folders in a folder, or the one that it is; one that is damaged is listed as such.
+
+    Raises:
+        FileNotFoundError: there is no run.
+    """
+    found = []
+    for config in sorted(root.rglob("config.yaml")):
+        try:
+            run = runs.load(config.parent)
+            state = "complete" if run.summary() is not None else "unfinished"
+            found.append(RunState(config.parent, state, run, run.metrics()))
+        except (ValueError, OSError) as error:
+            found.append(RunState(config.parent, f"damaged: {error}", None, []))
+    if not found:
+        raise FileNotFoundError(
+            f"no run in {root}; give a folder that `mpvg train` made, or one with such folders in it"
+        )
+    return found
+
+
+def plot_runs(roots: Sequence[Path], key: str, file: Path) -> None:
+    """Draws one number of every epoch for several runs; seeds of the same run are one line and a band.
+
+    Args:
+        roots: run folders, or folders that hold some.
+        key: a number of metrics.jsonl, such as accuracy, ema_accuracy, nll, train_loss, lr.
+        file: where to draw; its ending chooses the format.
+
+    Raises:
+        FileNotFoundError: a folder holds no run.
+        ValueError: no run has an epoch with this number, or the format is unknown.
+    """
+    from mpvg import figures
+
+    curves: dict[str, list[list[float]]] = {}
+    known: set[str] = set()
+    for found in (state for root in roots for state in find_runs(root)):
+        known |= {name for line in found.metrics for name, value in line.items() if isinstance(value, float)}
+        values = [line[key] for line in found.metrics if key in line]
+        if found.run is not None and values:
+            config = replace(found.run.config, seed=0)
+            method = config.method if isinstance(config.method, str) else "own"
+            curves.setdefault(f"{config.model} {method} ({config.digest()})", []).append(values)
+    if not curves:
+        raise ValueError(
+            f"no run has {key!r} yet; allowed: {', '.join(sorted(known)) or 'nothing, before an epoch ends'}"
+        )
+    shortest = {name: min(map(len, repeated)) for name, repeated in curves.items()}
+    cut = {name: [values[: shortest[name]] for values in repeated] for name, repeated in curves.items()}
+    figures.save(figures.lines(cut, key, "epoch", key, first=1), file)
+
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
