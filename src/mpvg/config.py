@@ -52,11 +52,12 @@ class AugmentConfig:
     crop_padding: int = 0
     """Tensor data: random crop after padding by so many pixels; 0: none."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """timm's pipeline: share of the image area that a random resized crop takes."""
+    """Images from files: share of the image area that a random resized crop takes."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    """timm's pipeline: how a crop is resized; "random" draws bilinear or bicubic for each image."""
-    pipeline: Literal["auto", "timm"] = "auto"
-    """auto: timm's transforms for files, augmentation on the device for named sets; timm: for named sets, too."""
+    """Images from files: how a crop is resized; "random" draws bilinear or bicubic for each image."""
+    pipeline: Literal["auto", "timm", "fast"] = "auto"
+    """Who augments; auto: timm's transforms for files, the device for named sets; timm: timm for named sets, too; fast:
+    for folders, crop and flip in the worker, the rest on the device."""
     repeats: int = 1
     """Repeated augmentation: times that a drawn image stands in an epoch, which is no longer for it; 1: off."""
     hflip: float = 0.0
@@ -176,7 +177,7 @@ class RunConfig:
     """One complete training run."""
 
     data: str
-    """A data set's name, or a folder with train/ and val/ and a folder a class in each."""
+    """A data set's name, or a folder with train/ and val/ and a folder a class in each, or with tar files of them."""
     model: str
     """A network's name."""
     method: dict[str, Any] | str = "mpvg"

@@ -12,6 +12,7 @@ matplotlib.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.s
 
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
 """Name of a line -> its repetitions (seeds), each a series of values."""
@@ -41,7 +42,7 @@ def lines(
     if ticks:
         axes.set_xticks(list(ticks), list(ticks.values()))
     else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

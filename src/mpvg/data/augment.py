@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, grid_sample, pad
+from torch.nn.functional import grid_sample, pad
 from torchvision.transforms.v2 import functional
 
 from mpvg.config import AugmentConfig
@@ -135,8 +135,11 @@ def erase(images: Tensor, probability: float, draws: list[Tensor], bank: Tensor)
         draws: six times uniform numbers (B,): whether, area, aspect, top, left, place in the bank.
         bank: fixed normal noise, from which each image takes a stretch.
     """
+    chosen = (draws[0] < probability).nonzero().flatten()
+    if not len(chosen):
+        return images
     side = images.shape[-1]
-    whether, area, aspect, top, left, place = draws
+    area, aspect, top, left, place = (draw[chosen] for draw in draws[1:])
     area = (0.02 + area * (1 / 3 - 0.02)) * side * side
     aspect = torch.exp((2 * aspect - 1) * math.log(10 / 3))
     steps = torch.arange(side, device=images.device)
@@ -145,10 +148,12 @@ def erase(images: Tensor, probability: float, draws: list[Tensor], bank: Tensor)
         length = length.round().long().clamp(max=side - 1)
         first = _pick(start, side - length + 1)
         inside.append((steps >= first[:, None]) & (steps < (first + length)[:, None]))  # (B, S)
-    mask = inside[0][:, None, :, None] & inside[1][:, None, None, :] & (whether < probability)[:, None, None, None]
+    mask = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     stretch = images[0].numel()
-    noise = bank.unfold(0, stretch, 1)[_pick(place, bank.numel() - stretch)].view_as(images)
-    return torch.where(mask, noise, images)
+    noise = bank.unfold(0, stretch, 1)[_pick(place, bank.numel() - stretch)].view(len(chosen), *images.shape[1:])
+    erased = images.clone()
+    erased[chosen] = torch.where(mask, noise, images[chosen])
+    return erased
 
 
 def apply_ops(images: Tensor, op: Tensor, level: Tensor, sign: Tensor, fill: Tensor) -> Tensor:
@@ -208,10 +213,11 @@ def _grey(images: Tensor) -> Tensor:
 
 def _smooth(images: Tensor) -> Tensor:
     """PIL's SMOOTH filter, which leaves the outermost pixels as they are."""
-    kernel = torch.tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]], device=images.device)
-    inner = (conv2d(images.flatten(0, 1)[:, None], kernel[None, None]) / 13).round()  # whole numbers: exact in TF32
+    # Sums of whole numbers, so that the order does not matter; a third of the time of a convolution on a CPU.
+    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    inner = images[..., 1:-1, 1:-1]
     smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = inner.unflatten(0, images.shape[:2])[:, :, 0]
+    smooth[..., 1:-1, 1:-1] = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round()
     return smooth
 
 

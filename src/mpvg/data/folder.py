@@ -1,7 +1,9 @@
-"""Folders of image files: train/ and val/, a folder a class in each; timm transforms, torch workers."""
+"""Folders of image files: train/ and val/, a folder a class in each."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from mpvg.config import RunConfig
 from mpvg.data.contract import Data, DataInfo
-from mpvg.data.images import Files, Labelled, open_images
+from mpvg.data.fast import fast_training, read_pixels
+from mpvg.data.images import Files, Labelled, Training, open_images, read_image
 
 
 def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
@@ -32,11 +35,24 @@ def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_siz
         mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
         std=config.network.std or IMAGENET_DEFAULT_STD,
         crop_pct=config.network.crop_pct,
+        pipeline=config.augment.pipeline,
         train_size=len(train),
         val_size=len(val),
     )
-    splits = [Labelled(Files(np.array([os.fsencode(f) for f, _ in s])), [t for _, t in s]) for s in (train, val)]
-    return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
+    training: Training | None = None
+    reader: Callable[[str], Any] = read_image
+    if config.augment.pipeline == "fast":
+        training, reader = fast_training(config, info, device), read_pixels
+    return open_images(
+        config,
+        info,
+        _labelled(train, reader),
+        _labelled(val, read_image),
+        training=training,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -67,6 +83,11 @@ def _list_images(folder: Path, present: list[str], class_names: list[str]) -> li
         kinds = ", ".join(IMG_EXTENSIONS)
         raise ValueError(f"class folder {str(folder / empty[0])!r} has no images ({kinds}); fill it or remove it")
     return samples
+
+
+def _labelled(samples: list[tuple[str, int]], reader: Callable[[str], Any]) -> Labelled:
+    paths = np.array([os.fsencode(path) for path, _ in samples])
+    return Labelled(Files(paths, reader), [target for _, target in samples])
 
 
 def _is_image(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Images one by one: timm's transforms in worker processes, random numbers by (seed, epoch, sample) only."""
+"""Images one by one, made into tensors by worker processes; random numbers by (seed, epoch, sample) only."""
 
 import os
 import random
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,12 @@ from mpvg.data.contract import BatchOrder, Data, DataInfo, derive_seed
 
 # By content, not by name: PIL would hand a PostScript file that is called .jpg to Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_MAX_ASPECT = 1000
+MAX_ASPECT = 1000
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]
+"""Makes what a source reads into a tensor (C, H, W), on the CPU."""
+Finish = Callable[[Tensor, Tensor], Tensor]
+"""Makes a batch (B, C, H, W) that has come to the device into the network's input, given its samples' numbers (B,)."""
 Sample = tuple[Tensor | None, int, str]
 """Image (C, H, W) or None, its target, and what was wrong with an image that could not be read, or ''."""
 
@@ -37,8 +40,8 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """What messages call an image."""
 
-    def read(self, index: int) -> Image.Image:
-        """An image, as RGB; raises whatever its decoder raises."""
+    def read(self, index: int) -> Any:
+        """An image, in the form that its transform takes; raises whatever its decoder raises."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +52,43 @@ class Labelled:
     targets: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What becomes of a training image."""
+
+    transform: Transform
+    """In the worker."""
+    finishing: Callable[[int], Finish] | None = None
+    """Gives what is left for the device in an epoch; None: nothing is."""
+
+
 def open_images(
     config: RunConfig,
     info: DataInfo,
     train: Labelled,
     val: Labelled,
     *,
+    training: Training | None = None,
     device: torch.device,
     rank: int,
     world_size: int,
 ) -> Data:
-    """Makes data of two splits of images; arguments and errors as `open_data`."""
+    """Makes data of two splits of images; trains by timm's transforms unless told otherwise; rest as `open_data`."""
     preprocess = make_preprocess(info)
     order = partial(BatchOrder, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
 
-    def batches(split: Labelled, transform: Transform, *, training: bool) -> ImageBatches:
-        samples = Samples(split, transform, config.seed, replace=training and config.loader.skip_corrupt)
-        repeats = config.augment.repeats if training else 1
-        return ImageBatches(samples, order(size=len(samples), shuffle=training, repeats=repeats), config.loader, device)
-
-    augment = _train_transform(config.augment, info)
-    return Data(info, batches(train, augment, training=True), batches(val, preprocess, training=False), preprocess)
+    seed, skip = config.seed, config.loader.skip_corrupt
+    training = training or Training(_train_transform(config.augment, info))
+    shuffled = order(size=len(train.images), shuffle=True, repeats=config.augment.repeats)
+    in_order = order(size=len(val.images), shuffle=False)
+    learnt = Samples(train, training.transform, seed, replace=skip)
+    scored = Samples(val, preprocess, seed, replace=False)
+    return Data(
+        info,
+        ImageBatches(learnt, shuffled, config.loader, device, training.finishing),
+        ImageBatches(scored, in_order, config.loader, device),
+        preprocess,
+    )
 
 
 def make_preprocess(info: DataInfo) -> "Preprocess":
@@ -82,9 +101,17 @@ def make_preprocess(info: DataInfo) -> "Preprocess":
 class ImageBatches:
     """Batches of image files, decoded by worker processes that live as long as this object."""
 
-    def __init__(self, images: "Samples", order: BatchOrder, config: LoaderConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        images: "Samples",
+        order: BatchOrder,
+        config: LoaderConfig,
+        device: torch.device,
+        finishing: Callable[[int], Finish] | None = None,
+    ) -> None:
         self.skipped = 0
         self._order, self._skip_corrupt, self._device = order, config.skip_corrupt, device
+        self._finishing = finishing
         self._passes = 0
         self._keys = _Keys(order)
         self._loader = DataLoader(
@@ -110,7 +137,9 @@ class ImageBatches:
         self._passes += 1
         this_pass = self._passes
         self._keys.epoch, self._keys.start = epoch, start
-        for images, targets, failures in self._loader:
+        finish = self._finishing(epoch) if self._finishing else None
+        # A training batch is whole or raises, so its images are those of `chosen`, one for one.
+        for (images, targets, failures), chosen in zip(self._loader, self._order.batches(epoch, start), strict=True):
             if self._passes != this_pass:
                 raise RuntimeError("another pass over the same split was begun; the workers serve one at a time")
             all_unreadable = self._order.shuffle and len(targets) == 0
@@ -118,7 +147,10 @@ class ImageBatches:
                 raise ValueError(failures[0])
             self.skipped += len(failures)
             if len(targets):
-                yield images.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+                images = images.to(self._device, non_blocking=True)
+                if finish:
+                    images = finish(images, chosen)
+                yield images, targets.to(self._device, non_blocking=True)
 
 
 class Samples(Dataset[Sample]):
@@ -126,7 +158,7 @@ class Samples(Dataset[Sample]):
 
     Args:
         split: images and targets.
-        transform: makes an RGB image into a tensor (C, H, W).
+        transform: makes what the split's source reads into a tensor (C, H, W).
         seed: the run's seed.
         replace: read the next sample in place of one that cannot be read.
     """
@@ -164,6 +196,8 @@ class Files:
     paths: "np.ndarray[Any, Any]"
     """File names, encoded. An array: looking at a list's items writes their reference counts, and so each worker would
     copy a million names."""
+    reader: Callable[[str], Any]
+    """Reads a file, in the form that the split's transform takes."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -171,8 +205,8 @@ class Files:
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self.name(index))
+    def read(self, index: int) -> Any:
+        return self.reader(self.name(index))
 
 
 @dataclass(frozen=True)
@@ -226,8 +260,8 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return default_collate(images) if images else torch.empty(0), targets, failures
 
 
-def read_image(file: str) -> Image.Image:
-    """Reads an image file whole, as RGB.
+def read_image(file: str | BinaryIO) -> Image.Image:
+    """Reads an image file whole, by name or opened, as RGB.
 
     Raises:
         OSError: it is missing, truncated or no image.
@@ -237,7 +271,7 @@ def read_image(file: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(file, formats=_FORMATS) as image:
-            if max(image.size) > _MAX_ASPECT * min(image.size):
+            if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.width}x{image.height} is too long to be resized by its shorter side")
             return image.convert("RGB")
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mpvg.config import RunConfig
-from mpvg.data import folder, images, tensors
+from mpvg.data import archives, folder, images, tensors
 from mpvg.data.contract import Data, DataInfo
 from mpvg.data.sources import DATASETS
 
@@ -30,7 +30,8 @@ def open_data(config: RunConfig, *, device: torch.device, rank: int = 0, world_s
     if config.data in DATASETS:
         return tensors.open_tensors(config, device=device, rank=rank, world_size=world_size)
     if os.path.isdir(config.data) or os.sep in config.data:
-        return folder.open_folder(config, device=device, rank=rank, world_size=world_size)
+        opened = archives.open_archives if archives.archives(config.data, "train") else folder.open_folder
+        return opened(config, device=device, rank=rank, world_size=world_size)
     near = difflib.get_close_matches(config.data, DATASETS, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(

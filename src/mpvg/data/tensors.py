@@ -32,6 +32,11 @@ def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_si
         train_size=len(raw.train.targets),
         val_size=len(raw.val.targets),
     )
+    if config.augment.pipeline == "fast":
+        raise ValueError(
+            f"augment.pipeline is 'fast', which is for folders of images, and {info.name} lies on the device already; "
+            "allowed for it: 'auto', 'timm'"
+        )
     if config.augment.pipeline == "timm":
         if info.in_chans != 3:
             raise ValueError(

@@ -1,0 +1,153 @@
+"""Tar files of images, read in place: plain ones with a folder a class, and WebDataset shards.
+
+Every member's place is looked up once, so that an epoch is drawn, shared out and continued as from single files: each
+image once, in any order, with any number of processes.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from mpvg.config import RunConfig
+from mpvg.data.contract import Data, DataInfo
+from mpvg.data.images import Labelled, open_images, read_image
+
+
+def archives(root: str | Path, split: str) -> list[Path]:
+    """The tar files of a split: <root>/<split>.tar, <root>/<split>-*.tar, or <root>/<split>/*.tar; sorted."""
+    root = Path(root)
+    found = [*root.glob(f"{split}.tar"), *root.glob(f"{split}-*.tar"), *root.glob(f"{split}/*.tar")]
+    return sorted(found, key=lambda path: natural_key(str(path)))
+
+
+def open_archives(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
+    """Lists what the tar files of a folder hold, and prepares to read it; arguments and errors as `open_data`."""
+    if config.augment.pipeline == "fast":
+        raise ValueError("augment.pipeline is 'fast', which reads single files; leave it out, or unpack the tar files")
+    train, val = (_list(config.data, split) for split in ("train", "val"))
+    names = _class_names(Path(config.data), {member.label for member in train})
+    unknown = sorted({member.label for member in val} - names.keys())
+    if unknown:
+        raise ValueError(f"class {unknown[0]!r} is in val but not in train of {config.data}; add its training images")
+    info = DataInfo(
+        name=config.data,
+        class_names=tuple(names.values()),
+        in_chans=3,
+        img_size=config.network.img_size or 224,
+        mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
+        std=config.network.std or IMAGENET_DEFAULT_STD,
+        crop_pct=config.network.crop_pct,
+        train_size=len(train),
+        val_size=len(val),
+    )
+    number = {label: target for target, label in enumerate(names)}
+    splits = [Labelled(Members.of(split), [number[member.label] for member in split]) for split in (train, val)]
+    return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image in a tar file."""
+
+    archive: str
+    name: str
+    label: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Members:
+    """Images in tar files, as a source of images."""
+
+    names: "np.ndarray[Any, Any]"
+    """Archive and member, encoded; arrays for the reason that `Files` gives."""
+    places: "np.ndarray[Any, Any]"
+    """Offset and size in bytes, `(N, 2)`."""
+    reader: Callable[[BinaryIO], Any] = read_image
+
+    @classmethod
+    def of(cls, members: list[Member]) -> "Members":
+        """The source of a list of members."""
+        names = np.array([[os.fsencode(member.archive), os.fsencode(member.name)] for member in members])
+        return cls(names, np.array([[member.offset, member.size] for member in members], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        archive, member = self.names[index]
+        return f"{os.fsdecode(member)} in {os.fsdecode(archive)}"
+
+    def read(self, index: int) -> Any:
+        offset, size = (int(value) for value in self.places[index])
+        with open(os.fsdecode(self.names[index][0]), "rb") as archive:
+            archive.seek(offset)
+            return self.reader(io.BytesIO(archive.read(size)))
+
+
+def _list(root: str, split: str) -> list[Member]:
+    """All images of a split, in the order in which a folder of the same images is listed."""
+    paths = archives(root, split)
+    if not paths:
+        raise FileNotFoundError(f"no tar file of {split} in {root}; give {split}.tar, {split}-*.tar or {split}/*.tar")
+    members = [member for path in paths for member in _members(path)]
+    if not members:
+        kinds = ", ".join(IMG_EXTENSIONS)
+        raise ValueError(f"the tar files of {split} in {root} hold no images ({kinds}); fill or remove them")
+    return sorted(members, key=lambda member: (member.label, member.name))
+
+
+def _members(path: Path) -> list[Member]:
+    """The images of one tar file; the class of each is the number in its .cls, or else the folder that it is in."""
+    images: list[tarfile.TarInfo] = []
+    numbers: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if not member.isfile() or name.name.startswith("."):
+                    continue
+                if name.suffix == ".cls":
+                    content = archive.extractfile(member)
+                    numbers[str(name.with_suffix(""))] = content.read(32).decode().strip() if content else ""
+                elif name.suffix.lower() in IMG_EXTENSIONS:
+                    images.append(member)
+    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no uncompressed tar file ({error}); make it anew") from error
+    length = path.stat().st_size
+    found = []
+    for member in images:
+        if member.offset_data + member.size > length:
+            raise ValueError(f"{path} is cut off within {member.name}; make it anew")
+        name = PurePosixPath(member.name)
+        label = numbers.get(str(name.with_suffix("")), "") if numbers else name.parent.name
+        if not label or (numbers and not label.isdecimal()):
+            raise ValueError(
+                f"{member.name} in {path} has no class: give every image a .cls with a number, or put it into a folder"
+            )
+        found.append(Member(str(path), member.name, label, member.offset_data, member.size))
+    return found
+
+
+def _class_names(root: Path, labels: set[str]) -> dict[str, str]:
+    """Label to name, in the order of the targets; names of numbers are the lines of classes.txt, if there is one."""
+    order = sorted(labels, key=lambda label: (natural_key(label), label))
+    file = root / "classes.txt"
+    if not file.is_file() or not all(label.isdecimal() for label in order):
+        return {label: label for label in order}
+    lines = file.read_text().split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    if max(map(int, order)) >= len(lines):
+        raise ValueError(f"{file} has {len(lines)} names, but there is a class {max(map(int, order))}; add its line")
+    return {label: lines[int(label)] for label in order}

@@ -1,0 +1,181 @@
+"""Tar files and WebDataset shards: the same bits as the folder they were made of, each image once."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpvg.config import RunConfig
+from mpvg.data import Data, open_data
+
+MakeConfig = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def as_one_tar(folder: Path, root: Path) -> None:
+    """train.tar and val.tar, with a folder a class inside."""
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as archive:
+            archive.add(folder / split, arcname=".")
+
+
+def as_shards_of_folders(folder: Path, root: Path) -> None:
+    """train/0.tar ... with members in an order of their own."""
+    for split in ("train", "val"):
+        (root / split).mkdir()
+        files = sorted((folder / split).rglob("*.*"), key=lambda path: path.stem)
+        for number in range(3):
+            with tarfile.open(root / split / f"{number}.tar", "w") as archive:
+                for file in files[number::3]:
+                    add(archive, f"{split}/{file.parent.name}/{file.name}", file.read_bytes())
+
+
+def as_webdataset(folder: Path, root: Path) -> None:
+    """train-000.tar ..., a number in a .cls beside each image, names in classes.txt."""
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    for split in ("train", "val"):
+        files = sorted((folder / split).rglob("*.*"))
+        for shard in range(2):
+            with tarfile.open(root / f"{split}-{shard:03d}.tar", "w") as archive:
+                for file in files[shard::2]:
+                    key = f"{file.parent.name}-{file.stem}"
+                    add(archive, f"{key}{file.suffix}", file.read_bytes())
+                    add(archive, f"{key}.cls", str("abc".index(file.parent.name)).encode())
+
+
+FORMS = [as_one_tar, as_shards_of_folders, as_webdataset]
+every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+
+
+def read(data: Data, epoch: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    return [*data.train.epoch(epoch, start), *data.val.epoch()]
+
+
+@every_form
+def test_archives_are_the_folder_they_were_made_of(
+    form: Callable[[Path, Path], None], image_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Order, augmentation and targets to the bit, from the middle of an epoch and with workers, too."""
+    (root := tmp_path / "packed").mkdir()
+    form(image_folder, root)
+    options = {"img_size": 32, "hflip": 0.5, "erase": 0.5}
+    folder, packed = (open_data(make_config(path, **options), device=CPU) for path in (image_folder, root))
+    assert packed.info == replace(folder.info, name=str(root))
+    assert packed.info.class_names == ("a", "b", "c")
+    workers = open_data(make_config(root, workers=2, **options), device=CPU)
+    for one, other in (
+        (read(folder, 1), read(packed, 1)),
+        (read(folder, 1, 1), read(workers, 1, 1)),
+    ):
+        for (images, targets), (same, too) in zip(one, other, strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(targets, too)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_image_is_seen_once_whatever_the_number_of_processes(
+    world_size: int, image_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    (root := tmp_path / "packed").mkdir()
+    as_shards_of_folders(image_folder, root)
+    config = make_config(root, img_size=32)
+    parts = [open_data(config, device=CPU, rank=rank, world_size=world_size) for rank in range(world_size)]
+    drawn = [key for data in parts for batch in data.train._keys for key in batch]  # type: ignore[attr-defined]
+    assert sorted(drawn) == list(range(24))
+    scored = sorted(target for data in parts for _, targets in data.val.epoch() for target in targets.tolist())
+    assert scored == [0] * 4 + [1] * 2 + [2]
+
+
+def cut_off(root: Path) -> None:
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(content[: len(content) // 2])
+
+
+def no_tar(root: Path) -> None:
+    (root / "train.tar").write_bytes(b"not a tar file" * 100)
+
+
+def without_val(root: Path) -> None:
+    (root / "val.tar").unlink()
+
+
+def empty(root: Path) -> None:
+    with tarfile.open(root / "train.tar", "w") as archive:
+        add(archive, "readme.txt", b"nothing")
+
+
+def without_a_class(root: Path) -> None:
+    with tarfile.open(root / "train.tar", "a") as archive:
+        add(archive, "loose.png", b"x")
+
+
+def one_without_number(root: Path) -> None:
+    with tarfile.open(root / "train.tar", "w") as archive:
+        add(archive, "0.png", b"x")
+        add(archive, "0.cls", b"0")
+        add(archive, "1.png", b"x")
+
+
+def another_class_in_val(root: Path) -> None:
+    with tarfile.open(root / "val.tar", "a") as archive:
+        add(archive, "d/0.png", b"x")
+
+
+def names_too_few(root: Path) -> None:
+    (root / "classes.txt").write_text("zero\n")
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as archive:
+            add(archive, "0.png", b"x")
+            add(archive, "0.cls", b"7")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut_off, r"train\.tar (is cut off within|is damaged or no uncompressed tar file)"),
+        (no_tar, r"train\.tar is damaged or no uncompressed tar file"),
+        (without_val, r"no tar file of val in .*; give val\.tar, val-\*\.tar or val/\*\.tar"),
+        (empty, r"the tar files of train in .* hold no images"),
+        (without_a_class, r"loose\.png in .*train\.tar has no class"),
+        (one_without_number, r"1\.png in .*train\.tar has no class: give every image a \.cls"),
+        (another_class_in_val, r"class 'd' is in val but not in train"),
+        (names_too_few, r"classes\.txt has 1 names, but there is a class 7"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(
+    change: Callable[[Path], None], message: str, image_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    (root := tmp_path / "packed").mkdir()
+    as_one_tar(image_folder, root)
+    change(root)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_data(make_config(root, img_size=32), device=CPU)
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_archive(
+    image_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    (image_folder / "val/a/0.png").write_bytes(b"no image")
+    (root := tmp_path / "packed").mkdir()
+    as_one_tar(image_folder, root)
+    with pytest.raises(ValueError, match=r"image \./a/0\.png in \S*val\.tar cannot be read \(UnidentifiedImageError"):
+        read(open_data(make_config(root, img_size=32), device=CPU))
+    assert len(read(open_data(make_config(root, img_size=32, skip_corrupt=True), device=CPU)))
+
+
+def test_the_fast_pipeline_is_refused(image_folder: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    (root := tmp_path / "packed").mkdir()
+    as_one_tar(image_folder, root)
+    with pytest.raises(ValueError, match=r"augment\.pipeline is 'fast', which reads single files"):
+        open_data(make_config(root, img_size=32, pipeline="fast"), device=CPU)
