@@ -5,10 +5,10 @@
     RUN/data.json          DataInfo: classes, image size, normalisation
     RUN/metrics.jsonl      one line an epoch
     RUN/summary.json       one line once the run is complete: what a study collects
-    RUN/checkpoints/step-<n>/{model,ema,optimizer}.safetensors, state.json
+    RUN/checkpoints/step-<n>/{model,ema,optimizer}.safetensors, state.json, checksums.json
     RUN/checkpoints/last, best -> step-<n>
 
-Every file appears whole or not at all: it is written under a temporary name and renamed.
+Every file appears whole or not at all: it is written under a temporary name and renamed; see `saving`.
 """
 
 import contextlib
@@ -16,17 +16,15 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
 from PIL import Image
@@ -35,9 +33,20 @@ from torch import Tensor, nn
 from mpvg.config import RunConfig
 from mpvg.data import Data, DataInfo, make_preprocess, open_data
 from mpvg.models import TIMM, create_model
-from mpvg.models.checkpoints import load_weights, read_tensors
+from mpvg.models.checkpoints import load_weights
+from mpvg.saving import Damaged as Damaged
+from mpvg.saving import Which, hidden, read_metrics, write_json, write_whole
+from mpvg.saving import append_metrics as append_metrics
+from mpvg.saving import checkpoint_folder as checkpoint_folder
+from mpvg.saving import cut_metrics as cut_metrics
+from mpvg.saving import go_back_to as go_back_to
+from mpvg.saving import has_checkpoint as has_checkpoint
+from mpvg.saving import load_checkpoint as load_checkpoint
+from mpvg.saving import newest_whole as newest_whole
+from mpvg.saving import remove_unused as remove_unused
+from mpvg.saving import save_checkpoint as save_checkpoint
+from mpvg.saving import verify as verify
 
-Which = Literal["last", "best"]
 PRETRAINED = "pretrained"
 """The `init` that stands for timm's own weights."""
 
@@ -55,10 +64,11 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or no averaged weights in it.
-            ValueError: the weights do not fit the config.
+            ValueError: the weights are damaged or do not fit the config; another checkpoint is not taken unasked.
         """
         folder = checkpoint_folder(self.path, which)
         file = folder / ("ema.safetensors" if ema else "model.safetensors")
+        verify(folder, [file.name])
         if not file.is_file():
             raise FileNotFoundError(f"no {file.name} in {folder}; averaged weights need --ema_decay at training")
         model = build_model(self.config, self.info)
@@ -102,7 +112,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far, oldest first."""
-        return [json.loads(line) for line in _whole_lines(self.path / "metrics.jsonl")]
+        return read_metrics(self.path)
 
     def summary(self) -> dict[str, Any] | None:
         """The record of a complete run; None while there is none."""
@@ -188,7 +198,7 @@ def start(config: RunConfig, info: DataInfo) -> Run:
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "data.json", dataclasses.asdict(info))
     write_json(path / "environment.json", environment())
-    _write_whole(path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
+    write_whole(path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     return Run(path, config, info)
 
 
@@ -203,7 +213,7 @@ def check_free(path: Path) -> None:
             f"{path} already holds a run; continue it with `mpvg train --resume {path}`, or give another --out"
         )
     beginning = {"data.json", "environment.json"}  # what `start` writes before the config
-    beginning |= {_writing(Path(name)).name for name in (*beginning, "config.yaml")}
+    beginning |= {hidden(Path(name)).name for name in (*beginning, "config.yaml")}
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - beginning):
         raise FileExistsError(f"{path} exists and is not empty, but holds no run; give another --out")
 
@@ -244,160 +254,6 @@ def hardware() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return ", ".join([f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB", *gpus])
-
-
-def append_metrics(path: Path, values: dict[str, Any]) -> None:
-    """Adds one line to the run's metrics.
-
-    Raises:
-        OSError: it cannot be written, for a full disk say.
-    """
-    file = path / "metrics.jsonl"
-    try:
-        with file.open("a") as lines:
-            lines.write(json.dumps(values) + "\n")
-    except OSError as error:
-        raise _cannot_write(file, error) from error
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines after a step, which a resumed run writes again, and a line that was cut off."""
-    file = path / "metrics.jsonl"
-    kept = [line for line in _whole_lines(file) if json.loads(line)["step"] <= step]
-    _write_whole(file, "".join(line + "\n" for line in kept).encode())
-
-
-def save_checkpoint(
-    path: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, best: bool
-) -> None:
-    """Writes a checkpoint, makes it the newest (and the best, if it is), and removes those that are neither.
-
-    Args:
-        path: the run folder.
-        step: optimizer steps done.
-        tensors: file stem -> named tensors.
-        state: JSON-safe values.
-        best: whether it is the best so far, too.
-
-    Raises:
-        OSError: it cannot be written, for a full disk say; the previous checkpoint is untouched.
-    """
-    root = path / "checkpoints"
-    folder, writing = root / f"step-{step:08d}", root / ".writing"
-    assert not (root / "last").is_symlink() or os.readlink(root / "last") != folder.name, (
-        "the newest is never rewritten"
-    )
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        for stem, named in tensors.items():
-            _write_synced(writing / f"{stem}.safetensors", safetensors.torch.save(named))
-        _write_synced(writing / "state.json", json.dumps(state).encode())
-        shutil.rmtree(folder, ignore_errors=True)  # left behind by a process that died before it was the newest
-        writing.rename(folder)
-        if best:  # before it is the newest: once it is, a resumed run does not come here again
-            _point(root / "best", folder.name)
-        _point(root / "last", folder.name)
-    except OSError as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        previous = os.readlink(root / "last") if (root / "last").is_symlink() else "none"
-        raise OSError(
-            error.errno,
-            f"cannot save step {step} in {root} ({error.strerror or error}); the previous checkpoint ({previous}) "
-            f"is kept; make room, then continue with `mpvg train --resume {path}`",
-        ) from error
-    remove_unused(path)
-
-
-def remove_unused(path: Path) -> None:
-    """Removes the checkpoints that are neither the newest nor the best."""
-    root = path / "checkpoints"
-    used = {os.readlink(root / name) for name in ("last", "best") if (root / name).is_symlink()}
-    for old in root.glob("step-*"):
-        if old.name not in used:
-            shutil.rmtree(old)
-
-
-def has_checkpoint(path: Path, which: Which = "last") -> bool:
-    """Whether a run folder, which need not exist, holds a complete checkpoint."""
-    return (path / "checkpoints" / which / "state.json").is_file()
-
-
-def checkpoint_folder(path: Path, which: Which = "last") -> Path:
-    """The folder of the newest or the best checkpoint.
-
-    Raises:
-        FileNotFoundError: the run has none yet.
-    """
-    if not has_checkpoint(path, which):
-        raise FileNotFoundError(f"{path} has no {which!r} checkpoint; it stopped before the first was saved")
-    return path / "checkpoints" / which
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Reads the newest checkpoint: file stem -> named tensors, and the state.
-
-    Raises:
-        FileNotFoundError: the run has none yet.
-        ValueError: a file of it is damaged.
-    """
-    folder = checkpoint_folder(path)
-    # Copies: the file's own memory would keep its room on the disk taken for as long as the run goes on.
-    tensors = {
-        file.stem: {name: tensor.clone() for name, tensor in read_tensors(file).items()}
-        for file in sorted(folder.glob("*.safetensors"))
-    }
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'state.json'} is damaged ({error})") from error
-    return tensors, state
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes one JSON value, whole or not at all."""
-    _write_whole(path, (json.dumps(values) + "\n").encode())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    writing = _writing(path)
-    try:
-        _write_synced(writing, content)
-        writing.replace(path)
-    except OSError as error:
-        writing.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _writing(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    """The error with the file and the next step, both of which the system's own lacks."""
-    begun = (path.parent / "config.yaml").is_file()
-    onward = f"continue with `mpvg train --resume {path.parent}`" if begun else "give the same command again"
-    return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); make room, then {onward}")
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _point(link: Path, target: str) -> None:
-    writing = _writing(link)
-    writing.unlink(missing_ok=True)
-    writing.symlink_to(target)
-    writing.replace(link)
-
-
-def _whole_lines(file: Path) -> Iterator[str]:
-    if file.is_file():
-        text = file.read_text()
-        yield from text[: text.rfind("\n") + 1].splitlines()
 
 
 def _some(names: tuple[str, ...]) -> str:
