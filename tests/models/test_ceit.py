@@ -1,25 +1,33 @@
 """CeiT with a delivered PE, against a plain loop over weights under the names of coeusguo/ceit."""
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, as_spec
 from mpvg.models import create_model, load_checkpoint
 from mpvg.models.ceit import CeiT
 from mpvg.models.checkpoints import translate
 from mpvg.models.fold import fold
+from reference import (
+    assert_close,
+    operations,
+    ref_attention,
+    ref_delivered,
+    ref_gelu,
+    ref_linear,
+    ref_mlp,
+    ref_norm,
+    ref_resampled,
+    windows,
+)
 
 NAME = "ceit_tiny_patch16_224"
 OWN = {
@@ -34,16 +42,12 @@ every_kind = pytest.mark.parametrize("method", [WITH_OWN[name] for name in KINDS
 without_class_token = pytest.mark.parametrize("method", [name for name, spec in WITH_OWN.items() if spec.pool == "avg"])
 
 DEPTH, DIM, HEADS, HIDDEN, CLASSES, EPS, BN_EPS = 12, 12, 3, 24, 5, 1e-6, 1e-5
-IMAGE = (32, 48)  # 2 x 3 patches: an image that is not square tells rows from columns
+IMAGE, GRID = (32, 48), (2, 3)  # an image that is not square tells rows from columns
 SIZES: dict[str, Any] = {"img_size": IMAGE, "embed_dim": DIM, "num_heads": HEADS, "mlp_ratio": HIDDEN / DIM}
 
 
 def images(size: tuple[int, int] = IMAGE, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *size, dtype=torch.float64)
-
-
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # ---- weights under the original names
@@ -119,37 +123,13 @@ def network(method: Method, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
     return model, weights
 
 
-# ---- the reference: one image, tokens (N, D), maps (C, H, W)
-
-
-def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def ref_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].flatten(1).T + weights[f"{name}.bias"]
-
-
-def ref_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+# ---- the reference
 
 
 def ref_batch_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     """Over the last dimension, with running statistics."""
     mean, variance = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
     return (x - mean) / torch.sqrt(variance + BN_EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def windows(maps: Tensor, size: int, stride: int, padding: int, fill: float = 0.0) -> tuple[list[Tensor], int, int]:
-    """Every window of maps (C, H, W), row by row, and how many rows and columns of them there are."""
-    padded = torch.full((len(maps), maps.shape[1] + 2 * padding, maps.shape[2] + 2 * padding), fill, dtype=maps.dtype)
-    padded[:, padding : padding + maps.shape[1], padding : padding + maps.shape[2]] = maps
-    tops = range(0, padded.shape[1] - size + 1, stride)
-    lefts = range(0, padded.shape[2] - size + 1, stride)
-    found = [padded[:, top : top + size, left : left + size] for top in tops for left in lefts]
-    return found, len(tops), len(lefts)
 
 
 def ref_stem(image: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, int, int]:
@@ -159,7 +139,7 @@ def ref_stem(image: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, int, in
     rows = ref_batch_norm(torch.stack([kernel @ w.flatten() for w in found]), weights, "i2t.backbone.bn")
     found, high, wide = windows(rows.T.reshape(-1, high, wide), 3, 2, 1, fill=-math.inf)
     maps = torch.stack([w.amax(dim=(1, 2)) for w in found]).T.reshape(-1, high, wide)
-    found, high, wide = windows(maps, 4, 4, 0)
+    found, high, wide = windows(maps, 4, 4)
     return ref_linear(torch.stack([w.flatten() for w in found]), weights, "i2t.proj"), high, wide
 
 
@@ -173,38 +153,20 @@ def ref_leff(x: Tensor, weights: dict[str, Tensor], name: str, high: int, wide: 
     return ref_batch_norm(ref_linear(x, weights, f"{name}.conv3"), weights, f"{name}.bn3")
 
 
-def ref_attention(x: Tensor, weights: dict[str, Tensor], name: str, queries: int) -> Tensor:
+def ref_last_attention(x: Tensor, weights: dict[str, Tensor], name: str, queries: int) -> Tensor:
     """What the last `queries` rows of x get from all rows."""
     weight, bias = weights[f"{name}.qkv.weight"], weights[f"{name}.qkv.bias"]
     q = x[len(x) - queries :] @ weight[:DIM].T + bias[:DIM]
     k = x @ weight[DIM : 2 * DIM].T + bias[DIM : 2 * DIM]
     v = x @ weight[2 * DIM :].T + bias[2 * DIM :]
-    width, heads = DIM // HEADS, []
-    for head in range(HEADS):
-        part = slice(head * width, (head + 1) * width)
-        exponentials = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(width))
-        heads.append(exponentials / exponentials.sum(dim=1, keepdim=True) @ v[:, part])
-    return ref_linear(torch.cat(heads, dim=1), weights, f"{name}.proj")
-
-
-def ref_delivered(spec: DeliverySpec, weights: dict[str, Tensor], pos: Tensor) -> tuple[list[Any], Tensor | None]:
-    per_layer: list[Any] = [None] * DEPTH
-    value = pos
-    if spec.first_layer is not None:
-        for layer in range(spec.first_layer, DEPTH):
-            value = ref_norm(value if spec.hierarchical else pos, weights, f"delivery.layer_norms.{layer}")
-            per_layer[layer] = value
-    if spec.last_index is None:
-        return per_layer, None
-    return per_layer, ref_norm(per_layer[spec.last_index] if spec.last_index else pos, weights, "delivery.last_norm")
+    return ref_linear(ref_attention(q, k, v, HEADS), weights, f"{name}.proj")
 
 
 def ref_lca(vectors: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Vectors of the layers (L, D) to one (D)."""
     vectors = vectors + weights["pos_layer_embed"][0]
-    x = vectors[-1] + ref_attention(ref_norm(vectors, weights, "lca.norm1"), weights, "lca.attn", 1)[0]
-    hidden = ref_gelu(ref_linear(ref_norm(x, weights, "lca.norm2"), weights, "lca.feedforward.fc1"))
-    return x + ref_linear(hidden, weights, "lca.feedforward.fc2")
+    x = vectors[-1] + ref_last_attention(ref_norm(vectors, weights, "lca.norm1", EPS), weights, "lca.attn", 1)[0]
+    return x + ref_mlp(ref_norm(x, weights, "lca.norm2", EPS), weights, "lca.feedforward.fc1", "lca.feedforward.fc2")
 
 
 def ref_ceit(
@@ -221,7 +183,7 @@ def ref_ceit(
     x, high, wide = ref_stem(image, weights)
     x = torch.cat([weights["cls_token"][0], x]) if token else x
     x = x + pos if spec.input_pe else x
-    per_layer, last = ref_delivered(spec, weights, pos)
+    per_layer, last = ref_delivered(spec, weights, pos, DEPTH, EPS)
 
     def pooled(tokens: Tensor) -> Tensor:
         return tokens[0] if token else tokens.mean(dim=0)
@@ -229,19 +191,17 @@ def ref_ceit(
     layers = []
     for layer in range(DEPTH):
         name = f"blocks.{layer}"
-        attended = ref_norm(x, weights, f"{name}.norm1")
-        if per_layer[layer] is not None:
-            attended = attended + per_layer[layer]
-        x = x + ref_attention(attended, weights, f"{name}.attn", len(x))
-        update = ref_norm(x, weights, f"{name}.norm2")
+        attended = ref_norm(x, weights, f"{name}.norm1", EPS) + per_layer[layer]
+        x = x + ref_last_attention(attended, weights, f"{name}.attn", len(x))
+        update = ref_norm(x, weights, f"{name}.norm2", EPS)
         patches = ref_leff(update[token:], weights, f"{name}.leff", high, wide)
         x = x + torch.cat([update[:token], patches])
         layers.append(x)
     if read_from == "tokens":
-        vector = pooled(ref_norm(x, weights, "norm") + (0 if last is None else last))
+        vector = pooled(ref_norm(x, weights, "norm", EPS) + last)
     else:
-        vector = ref_norm(ref_lca(torch.stack([pooled(tokens) for tokens in layers]), weights), weights, "norm")
-        vector = vector if last is None else vector + pooled(last)
+        vector = ref_lca(torch.stack([pooled(tokens) for tokens in layers]), weights)
+        vector = ref_norm(vector, weights, "norm", EPS) + pooled(last)
     return {"layers": layers, "vector": vector, "logits": ref_linear(vector, weights, "head")}
 
 
@@ -468,20 +428,12 @@ def test_layer_decay_puts_each_part_beside_its_pair(method: DeliverySpec) -> Non
 # ---- image sizes
 
 
-def resampled(model: Any, weights: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-    """The raw PE, `(rows, D)`, on another grid; the class token's row stays. In float32 on the way, as timm does it."""
-    prefix, value = model.num_prefix_tokens, weights["pos_embed"]
-    rows = value[0, prefix:].reshape(1, 2, 3, DIM).permute(0, 3, 1, 2).float()
-    rows = F.interpolate(rows, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([value[0, :prefix], rows[0].flatten(1).T.double()])
-
-
 @pytest.mark.parametrize(("size", "grid"), [((48, 32), (3, 2)), ((64, 32), (4, 2))])
 @every_kind
 def test_another_image_size(method: DeliverySpec, size: tuple[int, int], grid: tuple[int, int]) -> None:
     """LeFF hears of it, also where the number of patches is the same; and so does a folded network."""
     model, weights = network(method)
-    pos = resampled(model, weights, grid)
+    pos = ref_resampled(weights["pos_embed"][0], GRID, grid, model.num_prefix_tokens)
     model.set_input_size(size)
     batch = images(size)
     expected = reference(weights, method, batch, pos=pos)
@@ -615,24 +567,6 @@ def test_folded_equals_unfolded(method: DeliverySpec) -> None:
             assert_close(found, expected, 1e-12)
         folded.prune_intermediate_layers([1, 3], prune_norm=True)
         assert_close(folded.forward_intermediates(batch, [1], intermediates_only=True)[0], maps[0], 1e-12)
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[Tensor], object], batch: Tensor) -> Counter[str]:
-    with torch.no_grad(), Counting() as counting:
-        run(batch)
-    return counting.operations
 
 
 @without_class_token

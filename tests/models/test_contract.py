@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.analysis import SUPPORTED, Support, support_table
 from mpvg.delivery import METHODS
 from mpvg.models import create_model, load_checkpoint, model_names
 from mpvg.models.fold import fold
+from reference import additions, assert_close
 
 PLAIN: dict[str, Any] = {"img_size": (32, 48), "embed_dim": 24, "num_heads": 2}
 SMALL: dict[str, dict[str, Any]] = {
@@ -66,10 +65,6 @@ def supported(column: str, method: str) -> bool:
     return table()[method][column].refused is None
 
 
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
 def test_every_registered_family_has_a_column() -> None:
     """A new family fails here until it is in the table, and so in every test below."""
     with torch.device("meta"):
@@ -92,7 +87,7 @@ def test_a_cell_of_the_table_is_what_it_says(column: str, method: str) -> None:
     logits = model(batch)
     assert logits.shape == (2, 5)
     assert logits.isfinite().all()
-    assert_close(model.forward_head(model.forward_features(batch)), logits)
+    assert_close(model.forward_head(model.forward_features(batch)), logits, 1e-10)
     if cell.same_as:
         twin = build(column, cell.same_as)
         twin.load_state_dict(model.state_dict(), strict=True)
@@ -135,31 +130,13 @@ def test_folded_gives_the_same_with_one_addition_a_served_layer(column: str, met
     model, batch = build(column, method), images(column)
     folded = fold(model)
     with torch.no_grad():
-        assert_close(folded(batch), model(batch))
-        assert_close(folded.forward_features(batch), model.forward_features(batch))
+        assert_close(folded(batch), model(batch), 1e-10)
+        assert_close(folded.forward_features(batch), model.forward_features(batch), 1e-10)
     spec = model.spec
     if model.global_pool == "avg":
         served = 0 if spec.first_layer is None else len(model.blocks) - spec.first_layer
         gap = additions(build(column, "gap"), batch)
         assert additions(folded, batch) == gap + served - (not spec.input_pe)
-
-
-class Additions(TorchDispatchMode):
-    """Counts the additions that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def additions(model: nn.Module, batch: Tensor) -> int:
-    with torch.no_grad(), Additions() as counting:
-        model(batch)
-    return counting.count["aten.add"]
 
 
 @every_kind
@@ -206,10 +183,10 @@ def test_gradient_checkpointing_changes_nothing(column: str, method: str) -> Non
         loss = twin(batch).square().sum()
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}))
-    assert_close(results[0][0], results[1][0])
+    assert_close(results[0][0], results[1][0], 1e-10)
     assert results[0][1].keys() == results[1][1].keys()
     for name, gradient in results[0][1].items():
-        assert_close(results[1][1][name], gradient)
+        assert_close(results[1][1][name], gradient, 1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")  # timm's own resizing
@@ -221,7 +198,7 @@ def test_another_image_size_runs_and_folds(column: str, method: str) -> None:
     batch = images(column, size)
     logits = model(batch)
     assert logits.shape == (2, 5)
-    assert_close(fold(model)(batch), logits)
+    assert_close(fold(model)(batch), logits, 1e-10)
 
 
 @every_kind

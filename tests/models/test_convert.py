@@ -19,6 +19,7 @@ from mpvg.delivery import METHODS, DeliverySpec, as_spec
 from mpvg.models import create_model
 from mpvg.models.convert import convert
 from mpvg.models.fold import fold
+from reference import assert_close
 
 NAMES = {
     "vit": "vit_tiny_patch16_224",
@@ -51,10 +52,6 @@ def theirs(kind: str, **kwargs: Any) -> nn.Module:
 
 def images_for(model: Any, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *model.patch_embed.img_size, dtype=torch.float64)
-
-
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def by_hand(model: Any, spec: DeliverySpec, images: Tensor, norms: dict[str, Any]) -> Tensor:

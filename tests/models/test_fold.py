@@ -1,7 +1,6 @@
 """A folded network gives the same answers at lower cost, and refuses what would make them wrong."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, PositionDelivery
 from mpvg.models import create_model
 from mpvg.models.checkpoints import load_weights
 from mpvg.models.fold import fold
+from reference import additions, assert_close, operations
 
 OWN = DeliverySpec(first_layer=0, hierarchical=False, last_index=3)
 WITH_OWN = {**METHODS, "own": OWN}
@@ -46,10 +45,6 @@ def trained_like(method: Method, dtype: torch.dtype = torch.float64, **kwargs: A
 
 def images(dtype: torch.dtype = torch.float64, size: tuple[int, int] = (8, 12)) -> Tensor:
     return torch.randn(2, 3, *size, dtype=dtype)
-
-
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # ---- the same answers
@@ -82,8 +77,8 @@ def test_folding_knows_tokens_beside_the_patches(method: DeliverySpec, options: 
     """Only the tokens that the mean takes enter the shift of beta, and no other token changes by it."""
     model, batch = trained_like(method, **options), images()
     folded = fold(model)
-    assert_close(folded(batch), model(batch))
-    assert_close(folded.forward_features(batch), model.forward_features(batch))
+    assert_close(folded(batch), model(batch), 1e-12)
+    assert_close(folded.forward_features(batch), model.forward_features(batch), 1e-12)
 
 
 @every_kind
@@ -91,7 +86,7 @@ def test_folding_after_another_image_size(method: DeliverySpec) -> None:
     model = trained_like(method)
     model.set_input_size((16, 8))
     batch = images(size=(16, 8))
-    assert_close(fold(model)(batch), model(batch))
+    assert_close(fold(model)(batch), model(batch), 1e-12)
 
 
 @every_method
@@ -103,8 +98,8 @@ def test_the_head_of_a_folded_network_can_be_replaced(method: DeliverySpec) -> N
         model.reset_classifier(classes)
         folded.reset_classifier(classes)
         folded.head.load_state_dict(model.head.state_dict())
-        assert_close(folded(batch), model(batch))
-        assert_close(fold(model)(batch), model(batch))
+        assert_close(folded(batch), model(batch), 1e-12)
+        assert_close(fold(model)(batch), model(batch), 1e-12)
 
 
 def test_another_read_out_of_a_folded_network() -> None:
@@ -113,13 +108,13 @@ def test_another_read_out_of_a_folded_network() -> None:
     folded = fold(model)
     for network in (model, folded):
         network.reset_classifier(0, "max")
-    assert_close(folded(batch), model(batch))
+    assert_close(folded(batch), model(batch), 1e-12)
 
 
 @every_method
 def test_a_network_without_head_folds(method: DeliverySpec) -> None:
     model, batch = trained_like(method, num_classes=0), images()
-    assert_close(fold(model)(batch), model(batch))
+    assert_close(fold(model)(batch), model(batch), 1e-12)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -135,7 +130,7 @@ def test_pruning_and_folding_go_in_either_order(method: DeliverySpec, norm: bool
         assert not [name for name, _ in network.delivery.named_buffers() if name in ("layer_4", "layer_11")]
         maps = network.forward_intermediates(batch, [1, 3], norm=norm, intermediates_only=True)
         for one, other in zip(maps, expected, strict=True):
-            assert_close(one, other)
+            assert_close(one, other, 1e-12)
 
 
 def test_the_network_inside_timms_feature_wrapper_folds() -> None:
@@ -148,7 +143,7 @@ def test_the_network_inside_timms_feature_wrapper_folds() -> None:
         fold(wrapped)
     wrapped.model = fold(wrapped.model)
     for one, other in zip(wrapped(batch), expected, strict=True):
-        assert_close(one, other)
+        assert_close(one, other, 1e-12)
 
 
 # ---- what folding leaves
@@ -198,31 +193,13 @@ def test_a_folded_network_can_be_copied_moved_and_saved(method: DeliverySpec, tm
     assert torch.equal(other(batch), expected)
 
 
-class Counting(TorchDispatchMode):
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
-    with torch.no_grad(), Counting() as counting:
-        run()
-    return counting.operations
-
-
 @pytest.mark.parametrize("method", [name for name, spec in WITH_OWN.items() if spec.pool == "avg"])
 def test_with_a_mean_a_folded_classifier_costs_gap_and_one_addition_a_layer(method: str) -> None:
     """Every operation is counted: beside the additions, a folded MPVG runs what GAP runs."""
     spec, batch = WITH_OWN[method], images()
     model, gap = trained_like(spec), trained_like("gap")
     served = 0 if spec.first_layer is None else DEPTH - spec.first_layer
-    plain, folded, baseline = (operations(lambda net=net: net(batch)) for net in (model, fold(model), gap))
+    plain, folded, baseline = (operations(net, batch) for net in (model, fold(model), gap))
 
     assert baseline["aten.add"] == 1 + 2 * DEPTH
     assert folded["aten.add"] == baseline["aten.add"] + served - (not spec.input_pe)
@@ -239,13 +216,11 @@ def test_token_maps_of_a_folded_mpvg_keep_one_addition_for_the_last_norm() -> No
     """What is left of LN'_last(pos_0) has mean zero over the tokens, and beta holds the rest."""
     model, batch = trained_like("mpvg"), images()
     folded = fold(model)
-    added = [
-        operations(lambda net=net: net.forward_features(batch))["aten.add"] for net in (folded, trained_like("pvg"))
-    ]
+    added = [additions(net.forward_features, batch) for net in (folded, trained_like("pvg"))]
     assert added[0] == added[1] + 1
     constant = model.delivery(model.pos_embed).last.mean(dim=(0, 1))
     assert constant.abs().max() > 0.1
-    assert_close(folded.norm.bias, (model.norm.bias + constant).detach())
+    assert_close(folded.norm.bias, (model.norm.bias + constant).detach(), 1e-12)
     assert folded.delivery.last.mean(dim=1).abs().max() < 1e-12
 
 

@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, as_spec
 from mpvg.models import create_model, load_checkpoint
 from mpvg.models.checkpoints import translate
 from mpvg.models.fold import fold
 from mpvg.models.swin import DeliveredSwinBlock, DeliveredSwinTransformer
+from reference import assert_close, executed, ref_attention, ref_linear, ref_mlp, ref_norm, ref_patches, ref_resampled
 
 REFUSED = ("pvg_token", "mpvg_last5", "mpvg_last8", "mpvg_last11")
 OWN = DeliverySpec(input_pe=False, first_layer=0, hierarchical=False)
@@ -52,10 +51,6 @@ def build(method: Method, size: dict[str, Any], **kwargs: Any) -> nn.Module:
 
 def images(size: dict[str, Any] = SQUARE, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *size["img_size"], dtype=torch.float64)
-
-
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # ---- official weights: every tensor of microsoft/Swin-Transformer by its name there, and ours for each LN'
@@ -121,43 +116,24 @@ def network(method: Method, size: dict[str, Any] = SQUARE, **kwargs: Any) -> tup
     return model, weights
 
 
-# ---- the reference: one image, tokens (N, D) row by row, official weights
-
-
-def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def ref_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def ref_patches(image: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    kernel = weights["patch_embed.proj.weight"].flatten(1)
-    rows = []
-    for top in range(0, image.shape[1], PATCH):
-        for left in range(0, image.shape[2], PATCH):
-            rows.append(kernel @ image[:, top : top + PATCH, left : left + PATCH].flatten())
-    return ref_norm(torch.stack(rows) + weights["patch_embed.proj.bias"], weights, "patch_embed.norm")
+# ---- the reference: tokens row by row, official weights
 
 
 def ref_bias(places: list[tuple[int, int]], window: int, table: Tensor) -> Tensor:
-    """What is added to the scores of each pair in a window, `(n, n, heads)`.
+    """What is added to the scores of each pair in a window, `(heads, n, n)`.
 
     After the cyclic shift a window may hold tokens from opposite edges of the image. They are a window or more apart,
     and do not see each other.
     """
-    bias = torch.full((len(places), len(places), table.shape[1]), -math.inf, dtype=torch.float64)
+    bias = torch.full((table.shape[1], len(places), len(places)), -math.inf, dtype=torch.float64)
     for (q, (row, column)), (k, (key_row, key_column)) in product(enumerate(places), repeat=2):
         down, right = row - key_row, column - key_column
         if abs(down) < window and abs(right) < window:
-            bias[q, k] = table[(down + window - 1) * (2 * window - 1) + right + window - 1]
+            bias[:, q, k] = table[(down + window - 1) * (2 * window - 1) + right + window - 1]
     return bias
 
 
-def ref_attention(
+def ref_window_attention(
     x: Tensor, grid: tuple[int, int], window: int, shift: int, weights: dict[str, Tensor], name: str
 ) -> Tensor:
     table = weights[f"{name}.relative_position_bias_table"]
@@ -166,27 +142,20 @@ def ref_attention(
         key = ((row - shift) % grid[0] // window, (column - shift) % grid[1] // window)
         members.setdefault(key, []).append((row, column))
     qkv, out = ref_linear(x, weights, f"{name}.qkv"), torch.empty_like(x)
-    width = x.shape[1] // table.shape[1]
     for places in members.values():
         tokens = [row * grid[1] + column for row, column in places]
-        bias = ref_bias(places, window, table)
         q, k, v = qkv[tokens].split(x.shape[1], dim=1)
-        for head in range(table.shape[1]):
-            part = slice(head * width, (head + 1) * width)
-            scores = q[:, part] @ k[:, part].T / math.sqrt(width) + bias[:, :, head]
-            exponentials = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
-            out[tokens, part] = exponentials / exponentials.sum(dim=1, keepdim=True) @ v[:, part]
+        out[tokens] = ref_attention(q, k, v, table.shape[1], ref_bias(places, window, table))
     return ref_linear(out, weights, f"{name}.proj")
 
 
 def ref_block(
     x: Tensor, pe: Tensor | None, grid: tuple[int, int], window: int, shift: int, weights: dict[str, Tensor], name: str
 ) -> Tensor:
-    attended = ref_norm(x, weights, f"{name}.norm1")
+    attended = ref_norm(x, weights, f"{name}.norm1", EPS)
     attended = attended if pe is None else attended + pe
-    x = x + ref_attention(attended, grid, window, shift, weights, f"{name}.attn")
-    hidden = ref_linear(ref_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1")
-    return x + ref_linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), weights, f"{name}.mlp.fc2")
+    x = x + ref_window_attention(attended, grid, window, shift, weights, f"{name}.attn")
+    return x + ref_mlp(ref_norm(x, weights, f"{name}.norm2", EPS), weights, f"{name}.mlp.fc1", f"{name}.mlp.fc2")
 
 
 def ref_merge(x: Tensor, grid: tuple[int, int], weights: dict[str, Tensor], name: str) -> Tensor:
@@ -195,7 +164,7 @@ def ref_merge(x: Tensor, grid: tuple[int, int], weights: dict[str, Tensor], name
     for row, column in product(range(0, grid[0], 2), range(0, grid[1], 2)):
         four = [(row, column), (row + 1, column), (row, column + 1), (row + 1, column + 1)]
         rows.append(torch.cat([x[r * grid[1] + c] if r < grid[0] and c < grid[1] else zeros for r, c in four]))
-    return ref_norm(torch.stack(rows), weights, f"{name}.norm") @ weights[f"{name}.reduction.weight"].T
+    return ref_norm(torch.stack(rows), weights, f"{name}.norm", EPS) @ weights[f"{name}.reduction.weight"].T
 
 
 def ref_delivered(
@@ -212,10 +181,10 @@ def ref_delivered(
         for block in range(depth):
             if spec.first_layer is not None:
                 before = ref_norm(
-                    before if spec.hierarchical else pos_0, weights, f"delivery.{stage}.layer_norms.{block}"
+                    before if spec.hierarchical else pos_0, weights, f"delivery.{stage}.layer_norms.{block}", EPS
                 )
             received.append(None if spec.first_layer is None else before)
-    last = None if spec.last_index is None else ref_norm(pos_0, weights, f"delivery.{len(depths) - 1}.last_norm")
+    last = None if spec.last_index is None else ref_norm(pos_0, weights, f"delivery.{len(depths) - 1}.last_norm", EPS)
     return received, last
 
 
@@ -232,7 +201,7 @@ def ref_swin(
     grid = (image.shape[1] // PATCH, image.shape[2] // PATCH)
     pos = weights["absolute_pos_embed"][0] if pos is None else pos
     received, last = ref_delivered(spec, weights, grid, size["depths"], pos)
-    x = ref_patches(image, weights)
+    x = ref_norm(ref_patches(image, weights, "patch_embed.proj", PATCH), weights, "patch_embed.norm", EPS)
     x = x + pos if spec.input_pe else x
     maps, layers = [], iter(received)
     for stage, depth in enumerate(size["depths"]):
@@ -244,7 +213,7 @@ def ref_swin(
             shift = window // 2 if block % 2 and min(grid) > window else 0
             x = ref_block(x, next(layers), grid, window, shift, weights, f"layers.{stage}.blocks.{block}")
         maps.append(x.T.reshape(-1, *grid))
-    features = ref_norm(x, weights, "norm")
+    features = ref_norm(x, weights, "norm", EPS)
     features = features if last is None else features + last
     pooled = features.mean(dim=0)
     return {
@@ -519,13 +488,6 @@ def test_the_head_can_be_replaced() -> None:
 # ---- image sizes
 
 
-def resampled(weights: dict[str, Tensor], old: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The raw PE, `(rows, D)`, on another grid. In float32 on the way, as timm does it."""
-    rows = weights["absolute_pos_embed"].reshape(1, *old, DIM).permute(0, 3, 1, 2).float()
-    rows = F.interpolate(rows, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return rows[0].flatten(1).T.double()
-
-
 @pytest.mark.parametrize(("size", "grid"), [((36, 24), (18, 12)), ((24, 24), (12, 12)), ((48, 36), (24, 18))])
 @every_kind
 def test_another_image_size_resamples_the_raw_pe_and_then_delivers_it(
@@ -536,7 +498,8 @@ def test_another_image_size_resamples_the_raw_pe_and_then_delivers_it(
     dynamic = build(method, WIDE, dynamic_img_size=True)
     dynamic.load_state_dict(fixed.state_dict(), strict=True)
     batch = torch.randn(1, 3, *size, dtype=torch.float64)
-    expected = reference(weights, method, batch, pos=resampled(weights, (12, 18), grid), size=WIDE)
+    pos = ref_resampled(weights["absolute_pos_embed"][0], (12, 18), grid, 0)
+    expected = reference(weights, method, batch, pos=pos, size=WIDE)
     assert_close(dynamic(batch), expected)
     fixed.set_input_size(size, window_size=3)
     assert_close(fixed(batch), expected)
@@ -713,23 +676,9 @@ def test_coarse_groups_are_stages() -> None:
 # ---- folding
 
 
-class Counting(TorchDispatchMode):
-    """Counts the operations that run, less those that only look at a tensor in another shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.operations[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
-    with torch.no_grad(), Counting() as counting:
-        run()
-    return counting.operations
+def computations(run: Callable[[Tensor], object], batch: Tensor) -> Counter[str]:
+    """The operations that run, less those that only look at a tensor in another shape."""
+    return Counter(str(operation.overloadpacket) for operation in executed(run, batch) if not operation.is_view)
 
 
 @every_method
@@ -758,7 +707,7 @@ def test_a_folded_classifier_costs_gap_and_one_addition_a_layer(method: Delivery
     batch = images()
     model, gap = network(method)[0], network("gap")[0]
     served = 0 if method.first_layer is None else len(model.blocks)
-    plain, folded, baseline = (operations(lambda net=net: net(batch)) for net in (model, fold(model), gap))
+    plain, folded, baseline = (computations(net, batch) for net in (model, fold(model), gap))
     assert folded["aten.add"] == baseline["aten.add"] + served - (not method.input_pe)
     assert plain["aten.add"] == folded["aten.add"] + (method.last_index is not None)
     del folded["aten.add"], baseline["aten.add"]

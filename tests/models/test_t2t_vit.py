@@ -1,7 +1,6 @@
 """T2T-ViT with a delivered PE, against a plain loop over the repository's network with the repository's names."""
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,23 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models import create_model, load_checkpoint
 from mpvg.models.checkpoints import translate
 from mpvg.models.fold import fold
 from mpvg.models.t2t_vit import T2TViT, TokenPerformer, TokensToToken
+from reference import (
+    additions,
+    assert_close,
+    ref_attention,
+    ref_delivered,
+    ref_linear,
+    ref_mlp,
+    ref_norm,
+    ref_resampled,
+    windows,
+)
 
 NAME = "t2t_vit_7"
 DEPTH, DIM, HEADS, TOKEN, FEATURES, EPS = 7, 12, 3, 64, 32, 1e-5
@@ -42,11 +51,7 @@ def images(size: tuple[int, int] = IMAGE) -> Tensor:
     return torch.randn(2, 3, *size, dtype=torch.float64)
 
 
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-# ---- the reference: weights under the repository's names, one image, tokens (N, D)
+# ---- the reference, with weights under the repository's names
 
 
 def official_shapes(spec: DeliverySpec, channels: int = 3) -> dict[str, tuple[int, ...]]:
@@ -115,56 +120,14 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def ref_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def ref_attention(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    q, k, v = (x @ weights[f"{name}.qkv.weight"].T).split(DIM, dim=1)
-    width, heads = DIM // HEADS, []
-    for head in range(HEADS):
-        part = slice(head * width, (head + 1) * width)
-        exponentials = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(width))
-        heads.append(exponentials / exponentials.sum(dim=1, keepdim=True) @ v[:, part])
-    return ref_linear(torch.cat(heads, dim=1), weights, f"{name}.proj")
-
-
-def ref_delivered(spec: DeliverySpec, weights: dict[str, Tensor], pos: Tensor) -> tuple[list[Any], Any]:
-    per_layer: list[Any] = [0.0] * DEPTH
-    value = pos
-    if spec.first_layer is not None:
-        for layer in range(spec.first_layer, DEPTH):
-            value = ref_norm(value if spec.hierarchical else pos, weights, f"delivery.layer_norms.{layer}")
-            per_layer[layer] = value
-    if spec.last_index is None:
-        return per_layer, 0.0
-    return per_layer, ref_norm(per_layer[spec.last_index] if spec.last_index else pos, weights, "delivery.last_norm")
-
-
-def ref_gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
 def ref_soft_split(image: Tensor, window: int, stride: int, padding: int) -> Tensor:
     """A map `(C, H, W)` as overlapping patches `(N, C * window * window)`, cut out of a frame of zeros."""
-    channels, height, width = image.shape
-    frame = torch.zeros(channels, height + 2 * padding, width + 2 * padding, dtype=torch.float64)
-    frame[:, padding : padding + height, padding : padding + width] = image
-    rows = []
-    for top in range(0, frame.shape[1] - window + 1, stride):
-        for left in range(0, frame.shape[2] - window + 1, stride):
-            rows.append(frame[:, top : top + window, left : left + window].flatten())
-    return torch.stack(rows)
+    found, _, _ = windows(image, window, stride, padding)
+    return torch.stack([patch.flatten() for patch in found])
 
 
 def ref_performer(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    k, q, v = ref_linear(ref_norm(x, weights, f"{name}.norm1"), weights, f"{name}.kqv").split(TOKEN, dim=1)
+    k, q, v = ref_linear(ref_norm(x, weights, f"{name}.norm1", EPS), weights, f"{name}.kqv").split(TOKEN, dim=1)
     kernel = torch.zeros(len(x), len(x), dtype=torch.float64)  # of tokens t and s
     for direction in weights[f"{name}.w"]:
         phi_q = torch.exp(q @ direction - (q**2).sum(dim=1) / 2) / math.sqrt(FEATURES)
@@ -172,8 +135,7 @@ def ref_performer(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
         kernel += phi_q[:, None] * phi_k[None, :]
     y = torch.stack([(row[:, None] * v).sum(dim=0) / (row.sum() + 1e-8) for row in kernel])
     x = v + ref_linear(y, weights, f"{name}.proj")
-    hidden = ref_gelu(ref_linear(ref_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.0"))
-    return x + ref_linear(hidden, weights, f"{name}.mlp.2")
+    return x + ref_mlp(ref_norm(x, weights, f"{name}.norm2", EPS), weights, f"{name}.mlp.0", f"{name}.mlp.2")
 
 
 def ref_tokens(image: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -190,18 +152,18 @@ def ref_t2t_vit(weights: dict[str, Tensor], spec: DeliverySpec, image: Tensor) -
     if spec.pool == "token":
         x = torch.cat([weights["cls_token"][0], x])
     pos = weights["pos_embed"][0]
-    per_layer, last = ref_delivered(spec, weights, pos)
+    per_layer, last = ref_delivered(spec, weights, pos, DEPTH, EPS)
     if spec.input_pe:
         x = x + pos
     layers = []
     for layer in range(DEPTH):
         name = f"blocks.{layer}"
-        attended = ref_norm(x, weights, f"{name}.norm1") + per_layer[layer]
-        x = x + ref_attention(attended, weights, f"{name}.attn")
-        hidden = ref_gelu(ref_linear(ref_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1"))
-        x = x + ref_linear(hidden, weights, f"{name}.mlp.fc2")
+        attended = ref_norm(x, weights, f"{name}.norm1", EPS) + per_layer[layer]
+        q, k, v = (attended @ weights[f"{name}.attn.qkv.weight"].T).split(DIM, dim=1)
+        x = x + ref_linear(ref_attention(q, k, v, HEADS), weights, f"{name}.attn.proj")
+        x = x + ref_mlp(ref_norm(x, weights, f"{name}.norm2", EPS), weights, f"{name}.mlp.fc1", f"{name}.mlp.fc2")
         layers.append(x)
-    features = ref_norm(x, weights, "norm") + last
+    features = ref_norm(x, weights, "norm", EPS) + last
     pooled = features[0] if spec.pool == "token" else features.mean(dim=0)
     return {"layers": layers, "features": features, "logits": ref_linear(pooled, weights, "head")}
 
@@ -476,19 +438,13 @@ def test_pruning_and_timms_feature_wrapper_keep_the_maps(method: DeliverySpec) -
         assert torch.equal(one, third)
 
 
-def resampled(pos: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    rows = pos[:, prefix:].reshape(1, *GRID, DIM).permute(0, 3, 1, 2).float()
-    rows = nn.functional.interpolate(rows, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([pos[:, :prefix], rows.flatten(2).transpose(1, 2).double()], dim=1)
-
-
 @every_method
 def test_another_image_size(method: DeliverySpec) -> None:
     """set_input_size and dynamic_img_size agree: the table is resampled, stays frozen, and is delivered then."""
     weights, batch = official_weights(method), images((48, 32))
     fixed, dynamic = loaded(method, weights), loaded(method, weights, dynamic_img_size=True)
     fixed.set_input_size((48, 32))
-    weights["pos_embed"] = resampled(weights["pos_embed"], (3, 2), fixed.num_prefix_tokens)
+    weights["pos_embed"] = ref_resampled(weights["pos_embed"][0], GRID, (3, 2), fixed.num_prefix_tokens)[None]
     assert_close(fixed.pos_embed, weights["pos_embed"])
     assert not fixed.pos_embed.requires_grad
     assert fixed.patch_embed.grid_size == (3, 2)
@@ -509,24 +465,6 @@ def test_a_network_built_at_another_size_computes_its_table_anew() -> None:
 # ---- folding
 
 
-class Counting(TorchDispatchMode):
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def additions(model: nn.Module) -> int:
-    with torch.no_grad(), Counting() as counting:
-        model(images())
-    return counting.operations["aten.add"]
-
-
 @every_method
 def test_folded_equals_unfolded_at_one_addition_a_served_layer(method: DeliverySpec) -> None:
     model, batch = small(method), images()
@@ -535,8 +473,8 @@ def test_folded_equals_unfolded_at_one_addition_a_served_layer(method: DeliveryS
     assert_close(folded.forward_features(batch), model.forward_features(batch), 1e-12)
     served = 0 if method.first_layer is None else DEPTH - method.first_layer
     kept = method.pool == "token" and method.last_index is not None
-    baseline = additions(small("gap"))
-    assert additions(folded) == baseline + served + kept - (not method.input_pe)
+    baseline = additions(small("gap"), batch)
+    assert additions(folded, batch) == baseline + served + kept - (not method.input_pe)
 
 
 # ---- refusals

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -17,6 +16,16 @@ from torch import Tensor, nn
 import mpvg.models.plain
 from mpvg.delivery import METHODS, DeliverySpec, Method, as_spec, describe
 from mpvg.models import create_model, model_names
+from reference import (
+    assert_close,
+    ref_attention,
+    ref_delivered,
+    ref_linear,
+    ref_mlp,
+    ref_norm,
+    ref_patches,
+    ref_resampled,
+)
 
 OWN = DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)
 """A researcher's own method, which has no name."""
@@ -27,7 +36,7 @@ KINDS = ["default", "lape", "pvg", "gap_last0", "mpvg", "mpvg_last5", "mpvg_no_i
 every_kind = pytest.mark.parametrize("method", [WITH_OWN[name] for name in KINDS], ids=KINDS)
 
 DEPTH, DIM, HEADS, PATCH, EPS = 12, 12, 3, 4, 1e-6
-IMAGE = (8, 12)  # 2 x 3 patches: an image that is not square tells rows from columns
+IMAGE, GRID = (8, 12), (2, 3)  # an image that is not square tells rows from columns
 
 
 def small_vit(method: Method, **kwargs: Any) -> nn.Module:
@@ -44,61 +53,7 @@ def images(size: tuple[int, int] = IMAGE, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *size, dtype=torch.float64)
 
 
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-# ---- the reference: one image, tokens (N, D), weights by name
-
-
-def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def ref_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def ref_patches(image: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    kernel = weights["patch_embed.proj.weight"].flatten(1)
-    rows = []
-    for top in range(0, image.shape[1], PATCH):
-        for left in range(0, image.shape[2], PATCH):
-            rows.append(kernel @ image[:, top : top + PATCH, left : left + PATCH].flatten())
-    return torch.stack(rows) + weights["patch_embed.proj.bias"]
-
-
-def ref_attention(x: Tensor, weights: dict[str, Tensor], name: str, mask: Tensor | None) -> Tensor:
-    q, k, v = ref_linear(x, weights, f"{name}.qkv").split(x.shape[1], dim=1)
-    width, heads = x.shape[1] // HEADS, []
-    for head in range(HEADS):
-        part = slice(head * width, (head + 1) * width)
-        scores = q[:, part] @ k[:, part].T / math.sqrt(width)
-        scores = scores if mask is None else scores + mask
-        exponentials = torch.exp(scores - scores.max(dim=1, keepdim=True).values)
-        heads.append(exponentials / exponentials.sum(dim=1, keepdim=True) @ v[:, part])
-    return ref_linear(torch.cat(heads, dim=1), weights, f"{name}.proj")
-
-
-def ref_mlp(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    hidden = ref_linear(x, weights, f"{name}.fc1")
-    return ref_linear(0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2))), weights, f"{name}.fc2")
-
-
-def ref_delivered(spec: DeliverySpec, weights: dict[str, Tensor], pos: Tensor) -> tuple[list[Tensor | None], Any]:
-    per_layer: list[Tensor | None] = [None] * DEPTH
-    value = pos
-    if spec.first_layer is not None:
-        for layer in range(spec.first_layer, DEPTH):
-            value = ref_norm(value if spec.hierarchical else pos, weights, f"delivery.layer_norms.{layer}")
-            per_layer[layer] = value
-    if spec.last_index is None:
-        return per_layer, None
-    source = per_layer[spec.last_index] if spec.last_index else pos
-    assert source is not None
-    return per_layer, ref_norm(source, weights, "delivery.last_norm")
+# ---- the reference
 
 
 def ref_vit(
@@ -122,28 +77,29 @@ def ref_vit(
     """
     pos = weights["pos_embed"][0] if pos is None else pos
     prefix = [weights[name][0] for name in ("cls_token", "reg_token") if name in weights]
-    x = torch.cat([*prefix, ref_patches(image, weights)])
+    x = torch.cat([*prefix, ref_patches(image, weights, "patch_embed.proj", PATCH)])
     count = sum(len(tokens) for tokens in prefix)
     bare = len(x) - len(pos)  # leading tokens that have no row in the PE
     tokens = list(range(count)) + [count + int(i) for i in (range(len(x) - count) if kept is None else kept)]
 
-    def over_tokens(rows: Tensor | None) -> Tensor:
+    def over_tokens(rows: Tensor) -> Tensor:
         """What every token that takes part gets: its own row, or zeros where it has none."""
         zeros = torch.zeros(DIM, dtype=torch.float64)
-        return torch.stack([zeros if rows is None or token < bare else rows[token - bare] for token in tokens])
+        return torch.stack([zeros if token < bare else rows[token - bare] for token in tokens])
 
-    per_layer, last = ref_delivered(spec, weights, pos)
+    per_layer, last = ref_delivered(spec, weights, pos, DEPTH, EPS)
     x = x[tokens]
     if spec.input_pe:
         x = x + over_tokens(pos)
     layers = []
     for layer in range(DEPTH):
         name = f"blocks.{layer}"
-        attended = ref_norm(x, weights, f"{name}.norm1") + over_tokens(per_layer[layer])
-        x = x + ref_attention(attended, weights, f"{name}.attn", mask)
-        x = x + ref_mlp(ref_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp")
+        attended = ref_norm(x, weights, f"{name}.norm1", EPS) + over_tokens(per_layer[layer])
+        q, k, v = ref_linear(attended, weights, f"{name}.attn.qkv").split(DIM, dim=1)
+        x = x + ref_linear(ref_attention(q, k, v, HEADS, mask), weights, f"{name}.attn.proj")
+        x = x + ref_mlp(ref_norm(x, weights, f"{name}.norm2", EPS), weights, f"{name}.mlp.fc1", f"{name}.mlp.fc2")
         layers.append(x)
-    features = ref_norm(x, weights, "norm") + over_tokens(last)
+    features = ref_norm(x, weights, "norm", EPS) + over_tokens(last)
     pooled = features[0] if spec.pool == "token" else features[count:].mean(dim=0)
     logits = ref_linear(pooled, weights, "head") if "head.weight" in weights else pooled
     return {"layers": layers, "last": over_tokens(last), "features": features, "pooled": pooled, "logits": logits}
@@ -432,14 +388,6 @@ def test_kept_patches_get_their_own_rows(
 # ---- image sizes
 
 
-def resampled(model: nn.Module, grid: tuple[int, int], prefix: int, value: Tensor | None = None) -> Tensor:
-    """The raw PE, `(rows, D)`, on another grid; prefix rows stay. In float32 on the way, as timm does it."""
-    value = model.pos_embed.detach() if value is None else value
-    rows = value[0, prefix:].reshape(1, 2, 3, DIM).permute(0, 3, 1, 2).float()
-    rows = F.interpolate(rows, size=grid, mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([value[0, :prefix], rows[0].flatten(1).T.double()])
-
-
 @pytest.mark.parametrize(
     ("size", "grid", "reg_tokens"), [((16, 16), (4, 4), 0), ((12, 8), (3, 2), 1), ((8, 20), (2, 5), 0)]
 )
@@ -451,7 +399,7 @@ def test_another_image_size_resamples_the_raw_pe_and_then_delivers_it(
     fixed = small_vit(method, reg_tokens=reg_tokens)
     dynamic = small_vit(method, reg_tokens=reg_tokens, dynamic_img_size=True)
     dynamic.load_state_dict(fixed.state_dict())
-    pos = resampled(fixed, grid, reg_tokens + (method.pool == "token"))
+    pos = ref_resampled(fixed.pos_embed[0].detach(), GRID, grid, reg_tokens + (method.pool == "token"))
     batch = images(size, count=1)
     expected = reference(fixed, method, batch, pos=pos)
 
@@ -466,11 +414,13 @@ def test_another_image_size_resamples_the_raw_pe_and_then_delivers_it(
 
 def test_resampling_what_is_delivered_would_be_something_else() -> None:
     """LN' of a resampled PE is not the resampled LN'(PE), so the order in the test above is tested by it."""
-    model = small_vit("mpvg")
-    per_layer, last = ref_delivered(METHODS["mpvg"], model.state_dict(), model.pos_embed[0].detach())
-    per_layer_then, last_then = ref_delivered(METHODS["mpvg"], model.state_dict(), resampled(model, (4, 4), 0))
+    weights, size = small_vit("mpvg").state_dict(), (4, 4)
+    pos = weights["pos_embed"][0]
+    pos_then = ref_resampled(pos, GRID, size, 0)
+    per_layer, last = ref_delivered(METHODS["mpvg"], weights, pos, DEPTH, EPS)
+    per_layer_then, last_then = ref_delivered(METHODS["mpvg"], weights, pos_then, DEPTH, EPS)
     for value, then in [(per_layer[1], per_layer_then[1]), (per_layer[11], per_layer_then[11]), (last, last_then)]:
-        assert (resampled(model, (4, 4), 0, value[None]) - then).abs().max() > 1e-2
+        assert (ref_resampled(value, GRID, size, 0) - then).abs().max() > 1e-2
 
 
 def test_set_input_size_takes_a_patch_size_alone() -> None:
@@ -494,7 +444,7 @@ def test_normalised_intermediates_receive_what_the_last_norm_receives(method: De
         weights = model.state_dict()
         expected = ref_vit(weights, method, image)
         for layer, tokens in enumerate(expected["layers"]):
-            by_hand = (ref_norm(tokens, weights, "norm") + expected["last"])[count:]
+            by_hand = (ref_norm(tokens, weights, "norm", EPS) + expected["last"])[count:]
             assert_close(maps[layer][index], by_hand.T.reshape(DIM, 2, 3))
     assert torch.equal(maps[-1].flatten(2).transpose(1, 2), final[:, count:])
 

@@ -1,7 +1,6 @@
 """ViT-Lite with a delivered PE, against a plain loop over the repository's layers with the repository's names."""
 
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models import create_model, load_checkpoint
 from mpvg.models.checkpoints import translate
 from mpvg.models.fold import fold
 from mpvg.models.vit_lite import ViTLite
+from reference import additions, assert_close, ref_attention, ref_delivered, ref_linear, ref_mlp, ref_norm, ref_patches
 
 NAME = "vit_lite_7_patch4_32"
 DEPTH, DIM, HEADS, PATCH, EPS = 7, 12, 3, 4, 1e-5
@@ -42,11 +41,7 @@ def images(size: tuple[int, int] = IMAGE) -> Tensor:
     return torch.randn(2, 3, *size, dtype=torch.float64)
 
 
-def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-# ---- the reference: weights under the repository's names, one image, tokens (N, D)
+# ---- the reference, with weights under the repository's names
 
 
 def official_shapes(spec: DeliverySpec) -> dict[str, tuple[int, ...]]:
@@ -100,61 +95,24 @@ def small(method: Method, **kwargs: Any) -> nn.Module:
     return loaded(method, official_weights(resolve(method, NetworkTraits(name="", depth=DEPTH))), **kwargs)
 
 
-def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    mean = x.mean(dim=-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + EPS) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def ref_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def ref_attention(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    q, k, v = (x @ weights[f"{name}.qkv.weight"].T).split(DIM, dim=1)
-    width, heads = DIM // HEADS, []
-    for head in range(HEADS):
-        part = slice(head * width, (head + 1) * width)
-        exponentials = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(width))
-        heads.append(exponentials / exponentials.sum(dim=1, keepdim=True) @ v[:, part])
-    return ref_linear(torch.cat(heads, dim=1), weights, f"{name}.proj")
-
-
-def ref_delivered(spec: DeliverySpec, weights: dict[str, Tensor], pos: Tensor) -> tuple[list[Any], Any]:
-    per_layer: list[Any] = [0.0] * DEPTH
-    value = pos
-    if spec.first_layer is not None:
-        for layer in range(spec.first_layer, DEPTH):
-            value = ref_norm(value if spec.hierarchical else pos, weights, f"delivery.layer_norms.{layer}")
-            per_layer[layer] = value
-    if spec.last_index is None:
-        return per_layer, 0.0
-    return per_layer, ref_norm(per_layer[spec.last_index] if spec.last_index else pos, weights, "delivery.last_norm")
-
-
 def ref_vit_lite(weights: dict[str, Tensor], spec: DeliverySpec, image: Tensor) -> dict[str, Any]:
-    kernel = weights["tokenizer.conv_layers.0.0.weight"].flatten(1)
-    rows = []
-    for top in range(0, image.shape[1], PATCH):
-        for left in range(0, image.shape[2], PATCH):
-            rows.append(kernel @ image[:, top : top + PATCH, left : left + PATCH].flatten())
-    x = torch.stack(rows) + weights["tokenizer.conv_layers.0.0.bias"]
+    x = ref_patches(image, weights, "tokenizer.conv_layers.0.0", PATCH)
     if spec.pool == "token":
         x = torch.cat([weights["classifier.class_emb"][0], x])
     pos = weights["classifier.positional_emb"][0]
-    per_layer, last = ref_delivered(spec, weights, pos)
+    per_layer, last = ref_delivered(spec, weights, pos, DEPTH, EPS)
     if spec.input_pe:
         x = x + pos
     layers = []
     for layer in range(DEPTH):
         name = f"classifier.blocks.{layer}"
-        attended = ref_norm(x, weights, f"{name}.pre_norm") + per_layer[layer]
-        u = ref_norm(x + ref_attention(attended, weights, f"{name}.self_attn"), weights, f"{name}.norm1")
-        hidden = ref_linear(u, weights, f"{name}.linear1")
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = u + ref_linear(hidden, weights, f"{name}.linear2")
+        attended = ref_norm(x, weights, f"{name}.pre_norm", EPS) + per_layer[layer]
+        q, k, v = (attended @ weights[f"{name}.self_attn.qkv.weight"].T).split(DIM, dim=1)
+        x = x + ref_linear(ref_attention(q, k, v, HEADS), weights, f"{name}.self_attn.proj")
+        u = ref_norm(x, weights, f"{name}.norm1", EPS)
+        x = u + ref_mlp(u, weights, f"{name}.linear1", f"{name}.linear2")
         layers.append(x)
-    features = ref_norm(x, weights, "classifier.norm") + last
+    features = ref_norm(x, weights, "classifier.norm", EPS) + last
     pooled = features[0] if spec.pool == "token" else features.mean(dim=0)
     return {"layers": layers, "features": features, "logits": ref_linear(pooled, weights, "classifier.fc")}
 
@@ -359,24 +317,6 @@ def test_another_image_size(method: DeliverySpec) -> None:
 # ---- folding
 
 
-class Counting(TorchDispatchMode):
-    """Counts the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations[str(func.overloadpacket)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def additions(model: nn.Module) -> int:
-    with torch.no_grad(), Counting() as counting:
-        model(images())
-    return counting.operations["aten.add"]
-
-
 @every_method
 def test_folded_equals_unfolded_at_one_addition_a_served_layer(method: DeliverySpec) -> None:
     model, batch = small(method), images()
@@ -385,9 +325,9 @@ def test_folded_equals_unfolded_at_one_addition_a_served_layer(method: DeliveryS
     assert_close(folded.forward_features(batch), model.forward_features(batch), 1e-12)
     served = 0 if method.first_layer is None else DEPTH - method.first_layer
     kept = method.pool == "token" and method.last_index is not None
-    baseline = additions(small("gap"))
+    baseline = additions(small("gap"), batch)
     assert baseline == 1 + 2 * DEPTH
-    assert additions(folded) == baseline + served + kept - (not method.input_pe)
+    assert additions(folded, batch) == baseline + served + kept - (not method.input_pe)
 
 
 # ---- refusals
