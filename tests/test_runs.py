@@ -63,6 +63,7 @@ def test_a_run_folder_holds_what_is_promised(trained: Path) -> None:
         "checkpoints/last",
         "checkpoints/best",
         *(f"{step}/{name}" for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")),
+        f"{step}/checksums.json",
     }
 
 
@@ -231,6 +232,8 @@ def test_an_empty_folder_and_one_whose_making_was_cut_off_are_free(tmp_path: Pat
     ],
 )
 def test_a_damaged_file_is_named(copy: Path, file: str, content: str | None, message: str) -> None:
+    """In a run that was saved before checkpoints had hashes."""
+    (copy / "checkpoints/last/checksums.json").unlink()
     if content is None:
         (copy / file).unlink()
     else:
@@ -248,7 +251,52 @@ def test_a_checkpoint_that_was_cut_off_is_refused(copy: Path, file: str, share: 
         resume(copy, quiet=True)
 
 
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer", "state"])
+@pytest.mark.parametrize("damage", ["a bit", "half", "missing"])
+def test_a_checkpoint_that_is_not_what_was_written_is_refused(copy: Path, name: str, damage: str) -> None:
+    """A flipped bit in a weight leaves a file that can be read, and a network that computes."""
+    path = copy / f"checkpoints/last/{name}.{'json' if name == 'state' else 'safetensors'}"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "a bit":
+        content[-9] ^= 1
+    if damage != "missing":
+        path.write_bytes(content if damage == "a bit" else content[: len(content) // 2])
+    reason = "No such file or directory" if damage == "missing" else r"its SHA-256 is not the one in checksums\.json"
+    refused = rf"/last/{path.name} is damaged \({reason}\); restore it from a copy of the run, or train a new run with"
+    with pytest.raises(ValueError, match=refused):
+        resume(copy, quiet=True)
+    if name in ("model", "ema"):
+        with pytest.raises(ValueError, match=rf"/last/{path.name} is damaged \({reason}\); restore it from a copy"):
+            runs.load(copy).model(ema=name == "ema")
+    else:  # the weights are whole
+        runs.load(copy).model()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[1]", "null", '{"model.safetensors": 1}'])
+def test_damaged_hashes_are_damage_too(copy: Path, content: str) -> None:
+    (copy / "checkpoints/last/checksums.json").write_text(content)
+    with pytest.raises(runs.Damaged, match=r"is damaged \("):
+        resume(copy, quiet=True)
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *mode: str, **more: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        runs.newest_whole(copy)
+
+
+def test_an_old_run_has_no_hashes_and_is_read_all_the_same(copy: Path, trained: Path) -> None:
+    (copy / "checkpoints/last/checksums.json").unlink()
+    runs.load(copy).model(ema=True)
+    assert resume(copy, quiet=True)["nll"] == runs.load(trained).metrics()[0]["nll"]
+
+
 def test_weights_of_another_network_are_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "checkpoints/last/checksums.json").unlink()
     train(config_for(tmp_path / "other", method="gap", batch_size=1400), quiet=True)
     shutil.copy(tmp_path / "other/checkpoints/last/model.safetensors", copy / "checkpoints/last/model.safetensors")
     with pytest.raises(ValueError, match=r"checkpoints/last is damaged .*Missing key"):
@@ -305,6 +353,14 @@ def test_metrics_are_cut_to_whole_lines_up_to_a_step(tmp_path: Path) -> None:
     assert run.metrics() == []
 
 
+def test_a_line_of_metrics_that_was_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n{"step": 3}\n')
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl is damaged \(line 2: .*\); restore it from a copy of the run"
+    ):
+        runs.cut_metrics(tmp_path, 3)
+
+
 def test_numbers_in_the_metrics_are_exact(tmp_path: Path) -> None:
     value = math.pi / 3 * 1e-7
     runs.append_metrics(tmp_path, {"step": 1, "nll": value})
@@ -325,7 +381,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
         kept.append(sorted(int(file.name[5:]) for file in (tmp_path / "checkpoints").glob("step-*")))
         tensors, state = runs.load_checkpoint(tmp_path)
         assert (tensors["model"]["w"].tolist(), state) == ([step] * 3, {"step": step})
-    assert kept == [[1], [2], [2, 3], [2, 4], [5], [5, 6]]
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6]]
     assert json.loads((runs.checkpoint_folder(tmp_path, "best") / "state.json").read_text()) == {"step": 5}
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == [
         "best",
@@ -333,6 +389,56 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
         "step-00000005",
         "step-00000006",
     ]
+
+
+def test_the_newest_whole_checkpoint_is_found_behind_damaged_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, best=step == 1)
+    root = tmp_path / "checkpoints"
+    assert runs.newest_whole(tmp_path) == ("last", [])
+    (root / "step-00000004/checksums.json").write_text("{}")  # as good as none: nothing in it is wrong
+    assert runs.newest_whole(tmp_path) == ("last", [])
+    shutil.rmtree(root / "step-00000004")
+    (root / "step-00000003/state.json").write_text("{}")
+    name, problems = runs.newest_whole(tmp_path)
+    assert name == "step-00000001"  # the best
+    assert [str(problem) for problem in problems] == [
+        f"{root}/last is damaged (it is missing)",
+        f"{root}/step-00000003/state.json is damaged (its SHA-256 is not the one in checksums.json)",
+    ]
+    (root / "step-00000001/model.safetensors").unlink()
+    with pytest.raises(runs.Damaged, match=r"last is damaged .*, and so are 2 older; restore it from a copy"):
+        runs.newest_whole(tmp_path)
+
+
+def test_going_back_gives_up_a_later_best(tmp_path: Path) -> None:
+    for step, best in ((1, True), (2, False), (3, True)):
+        save(tmp_path, step, best=best)
+    runs.go_back_to(tmp_path, "step-00000002")
+    runs.remove_unused(tmp_path)
+    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000002"]
+    assert runs.load_checkpoint(tmp_path)[1] == {"step": 2}
+    save(tmp_path, 3, best=True)
+    runs.verify(tmp_path / "checkpoints/best", ["model.safetensors"])
+
+
+def test_damaged_weights_are_refused_with_the_ways_on(tmp_path: Path) -> None:
+    """None of them is gone unasked."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, best=step == 1)
+    for which in ("last", "best"):
+        (tmp_path / f"checkpoints/{which}/model.safetensors").write_bytes(b"")
+    said = {}
+    for which in ("last", "best"):
+        with pytest.raises(runs.Damaged) as caught:
+            runs.verify(tmp_path / "checkpoints" / which, ["model.safetensors"])
+        said[which] = str(caught.value).partition("; ")[2]
+    copied = "restore it from a copy of the run, or give --checkpoint"
+    again = f"`mpvg train --resume {tmp_path}` trains on from there"
+    assert said == {"last": f"{copied} best, or go back to step-00000002: {again}", "best": f"{copied} last"}
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(runs.Damaged, match=f"step-00000002: remove {tmp_path}/summary.json, and `mpvg train"):
+        runs.verify(tmp_path / "checkpoints/last", ["model.safetensors"])
 
 
 def test_there_is_no_checkpoint_before_the_first(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(unknown("verb", verb, VERBS, near=1))
     try:
         return VERBS[verb](arguments[1:])
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue with `mpvg train --resume RUN`", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
+        print(f"\n{str(stop) or 'interrupted; continue with `mpvg train --resume RUN`'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         if os.environ.get("MPVG_TRACEBACK"):
             raise

@@ -35,7 +35,7 @@ from mpvg.data import Data, DataInfo, make_preprocess, open_data
 from mpvg.models import TIMM, create_model
 from mpvg.models.checkpoints import load_weights
 from mpvg.saving import Damaged as Damaged
-from mpvg.saving import Which, hidden, read_metrics, write_json, write_whole
+from mpvg.saving import Which, hidden, read_metrics, write_whole
 from mpvg.saving import append_metrics as append_metrics
 from mpvg.saving import checkpoint_folder as checkpoint_folder
 from mpvg.saving import cut_metrics as cut_metrics
@@ -46,6 +46,7 @@ from mpvg.saving import newest_whole as newest_whole
 from mpvg.saving import remove_unused as remove_unused
 from mpvg.saving import save_checkpoint as save_checkpoint
 from mpvg.saving import verify as verify
+from mpvg.saving import write_json as write_json
 
 PRETRAINED = "pretrained"
 """The `init` that stands for timm's own weights."""

@@ -96,6 +96,7 @@ def save_checkpoint(
             # Of what was meant to be written: read back, it would come from the cache.
             hashes[name] = hashlib.sha256(content).hexdigest()
             _write_synced(writing / name, content)
+            del content
         _write_synced(writing / CHECKSUMS, json.dumps(hashes).encode())
         shutil.rmtree(folder, ignore_errors=True)  # left behind by a process that died before it was the newest
         writing.rename(folder)
@@ -158,14 +159,14 @@ def checkpoint_folder(path: Path, which: Which = "last") -> Path:
 
 
 def newest_whole(path: Path) -> tuple[str, list[Damaged]]:
-    """The name of the newest checkpoint that is whole, and what is wrong with those that are newer.
+    """The name of the newest checkpoint that is whole, "last" if it is that, and what is wrong with newer ones.
 
     Raises:
         Damaged: none is whole; it says what is wrong with the newest.
         FileNotFoundError: the run has none yet.
     """
     problems: list[Damaged] = []
-    for name in _down_from_newest(checkpoint_folder(path).parent):
+    for name in ["last", *_down_from_newest(checkpoint_folder(path).parent)[1:]]:
         try:
             load_checkpoint(path, name)
         except Damaged as problem:
@@ -210,7 +211,7 @@ def load_checkpoint(path: Path, name: str = "last") -> tuple[dict[str, dict[str,
             for file in sorted(folder.glob("*.safetensors"))
         }
     except ValueError as error:
-        raise Damaged(str(error)) from error
+        raise Damaged(str(error).removesuffix("; use another checkpoint")) from error
     return tensors, state
 
 
@@ -223,15 +224,16 @@ def verify(folder: Path, names: Sequence[str]) -> None:
     try:
         _verify(folder, names)
     except Damaged as problem:
+        ways = ["restore it from a copy of the run"]
         path, own = folder.parents[1], folder.resolve().name
+        other = folder.with_name("last" if folder.name == "best" else "best")
+        if other.is_dir() and other.resolve().name != own:
+            ways.append(f"give --checkpoint {other.name}")
         older = next((name for name in _down_from_newest(folder.parent) if _step(name) < _step(own)), None)
-        if older is None:
-            raise Damaged(f"{problem}; restore it from a copy of the run") from problem
-        again = f"remove {path / 'summary.json'}, and " if (path / "summary.json").exists() else ""
-        raise Damaged(
-            f"{problem}; restore it from a copy of the run, or go back to the one before, {older}: "
-            f"{again}`mpvg train --resume {path}` trains on from there"
-        ) from problem
+        if older is not None and folder.name == "last":
+            removed = f"remove {path / 'summary.json'}, and " if (path / "summary.json").exists() else ""
+            ways.append(f"go back to {older}: {removed}`mpvg train --resume {path}` trains on from there")
+        raise Damaged(f"{problem}; {', or '.join(ways)}") from problem
 
 
 def _verify(folder: Path, names: Sequence[str] | None = None) -> None:

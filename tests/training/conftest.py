@@ -1,15 +1,19 @@
 """A small data set, a run with everything on, what of a run must be reproducible, and processes that can be killed."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,28 +77,69 @@ def tiny(everything: RunConfig, cifar_root: Path, tmp_path: Path) -> Callable[..
     return make
 
 
-@pytest.fixture(scope="session")
-def record() -> Callable[[str | Path], dict[str, Any]]:
-    """All of a complete run that must be the same in another that did the same, to the last bit."""
+def read_record(path: str | Path, *, files: bool = True) -> dict[str, Any]:
+    """All of a complete run that must be the same in another that did the same, to the last bit.
 
-    def read(path: str | Path) -> dict[str, Any]:
-        path = Path(path)
-        found: dict[str, Any] = {}
-        for which in ("last", "best"):
-            folder = path / "checkpoints" / which
-            found[which] = folder.readlink().name
-            found |= {f"{which}/{file.name}": file.read_bytes() for file in folder.glob("*.safetensors")}
-        state = json.loads((path / "checkpoints/last/state.json").read_text())
-        found["position"] = {k: v for k, v in state.pop("position").items() if k not in TIMINGS}
-        found["state"] = state
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        found["metrics"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-        summary = json.loads((path / "summary.json").read_text())
-        found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date", "commit")}
+    `files`: their names, too, which differ where a signal has made a checkpoint more.
+    """
+    path = Path(path)
+    found: dict[str, Any] = {}
+    for which in ("last", "best"):
+        folder = path / "checkpoints" / which
+        found[which] = folder.readlink().name
+        found |= {f"{which}/{file.name}": file.read_bytes() for file in folder.glob("*.safetensors")}
+    state = json.loads((path / "checkpoints/last/state.json").read_text())
+    found["position"] = {k: v for k, v in state.pop("position").items() if k not in TIMINGS}
+    found["state"] = state
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+    summary = json.loads((path / "summary.json").read_text())
+    found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date", "commit")}
+    if files:
         found["files"] = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
-        return found
+    return found
 
-    return read
+
+@pytest.fixture(scope="session")
+def record() -> Callable[..., dict[str, Any]]:
+    return read_record
+
+
+def torchrun(processes: int) -> list[str]:
+    """The beginning of a command that starts `mpvg` in so many processes."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*launcher, "--master_port", str(port), "-m", "mpvg"]
+
+
+def below(process: int) -> list[int]:
+    """A process and all that it has started, and they in turn: torchrun gives each a session of its own."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = entry.read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                parents[int(entry.parent.name)] = int(parent)
+    found = [process]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
+def kill_below(process: int) -> int:
+    """SIGKILL to a process and all below it; returns how many they were."""
+    members = below(process)
+    for member in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    return len(members)
+
+
+@pytest.fixture(scope="session")
+def processes() -> SimpleNamespace:
+    return SimpleNamespace(torchrun=torchrun, below=below, kill_below=kill_below)
 
 
 @dataclass

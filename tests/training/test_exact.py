@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +20,10 @@ from torch import nn
 
 from mpvg import runs
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
-from mpvg.training import NonFiniteLoss, loop, resume, train
+from mpvg.training import Interrupted, NonFiniteLoss, loop, resume, stopping, train
 
 MakeConfig = Callable[..., RunConfig]
-Record = Callable[[str | Path], dict[str, Any]]
+Record = Callable[..., dict[str, Any]]
 
 
 class Stop(BaseException):
@@ -178,8 +181,8 @@ def stop_at_file() -> Iterator[Callable[[Path, int], list[str]]]:
 def test_a_run_that_dies_at_any_file_operation_is_continued_to_the_same_bits(
     tiny: MakeConfig, record: Record, stop_at_file: Callable[[Path, int], list[str]]
 ) -> None:
-    """In the folder's making, in two checkpoints, one of which removes the other, in the metrics and the summary."""
-    sizes = {"epochs": 1, "batch_size": 25, "save_steps": 1, "augment": AugmentConfig(), "ema_decay": None}
+    """In the folder's making, in three checkpoints, one of which removes another, in the metrics and the summary."""
+    sizes = {"epochs": 1, "batch_size": 16, "save_steps": 1, "augment": AugmentConfig(), "ema_decay": None}
     whole = tiny("whole", **sizes)
     seen = stop_at_file(Path(whole.out), 10**6)
     train(whole, quiet=True)
@@ -205,6 +208,214 @@ def test_a_run_that_dies_at_any_file_operation_is_continued_to_the_same_bits(
         else:
             train(config, quiet=True)  # what a user does: the same command again
         assert_same(record(config.out), expected, operation)
+
+
+# ---- a checkpoint that is damaged
+
+
+def flip(folder: Path) -> None:
+    with (folder / "optimizer.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a bit": flip,
+    "half": lambda folder: os.truncate(folder / "model.safetensors", 50_000),
+    "empty": lambda folder: (folder / "ema.safetensors").write_bytes(b""),
+    "missing file": lambda folder: (folder / "model.safetensors").unlink(),
+    "bad JSON": lambda folder: (folder / "state.json").write_bytes(b"\0" * 100),
+    "bad hashes": lambda folder: (folder / "checksums.json").write_text("{"),
+    "missing": shutil.rmtree,
+}
+
+
+@pytest.fixture(scope="module")
+def trained_once() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def whole(tiny: MakeConfig, record: Record, trained_once: dict[str, Any]) -> dict[str, Any]:
+    """A run that nothing happened to."""
+    if not trained_once:
+        config = tiny("whole", save_steps=4)
+        train(config, quiet=True)
+        trained_once.update(record(config.out))
+    return trained_once
+
+
+BEHIND_TWO = (18, ["step-00000016", "step-00000012"], 6)  # what is left is the best one
+
+
+@pytest.mark.parametrize(
+    ("damage", "stop", "damaged", "taken"),
+    [
+        *((damage, 7, ["step-00000006"], 4) for damage in DAMAGE),  # the newest is the best one, too
+        ("a bit", 13, ["step-00000012"], 8),
+        ("a bit", *BEHIND_TWO),
+        ("missing", *BEHIND_TWO),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tiny: MakeConfig,
+    record: Record,
+    stop_at_step: Callable[[int | None], None],
+    whole: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+    stop: int,
+    damaged: list[str],
+    taken: int,
+) -> None:
+    """One line says so, the metrics are cut to it, and the run ends with the same bits."""
+    config = tiny("run", save_steps=4)
+    root = Path(config.out) / "checkpoints"
+    stop_at_step(stop)
+    with pytest.raises(Stop):
+        train(config, quiet=True)
+    stop_at_step(None)
+    for name in damaged:
+        DAMAGE[damage](root / name)
+    steps: list[int] = []
+    step = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: steps.append(s.position.step) or step(s, *batch))
+    capfd.readouterr()
+    resume(config.out, quiet=True)
+    assert steps == list(range(taken, 18))
+    said = capfd.readouterr().err
+    assert said.startswith(f"mpvg: warning: {root}/last")
+    assert " is damaged (" in said
+    assert said.endswith(f"; going on from step-{taken:08d}, the one before\n")
+    assert said.count("\n") == 1
+    assert_same(record(config.out), whole)
+
+
+def test_an_old_run_falls_back_too(
+    tiny: MakeConfig, record: Record, stop_at_step: Callable[[int | None], None], whole: dict[str, Any]
+) -> None:
+    """Without hashes, what cannot be read is still seen."""
+    config = tiny("run", save_steps=4)
+    stop_at_step(13)
+    with pytest.raises(Stop):
+        train(config, quiet=True)
+    stop_at_step(None)
+    for file in Path(config.out).glob("checkpoints/step-*/checksums.json"):
+        file.unlink()
+    os.truncate(Path(config.out) / "checkpoints/last/model.safetensors", 50_000)
+    resume(config.out, quiet=True)
+    assert_same(record(config.out, files=False), {name: whole[name] for name in whole if name != "files"})
+
+
+def test_a_complete_run_with_a_damaged_end_can_be_trained_to_it_again(
+    tiny: MakeConfig, record: Record, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """As the message tells: without its summary it is taken up from the checkpoint before."""
+    train(tiny("again", save_steps=4), quiet=True)
+    os.truncate(tmp_path / "again/checkpoints/last/model.safetensors", 50_000)
+    with pytest.raises(runs.Damaged, match=r"go back to step-00000016: remove .*/summary\.json, and `mpvg train"):
+        runs.load(tmp_path / "again").model()
+    (tmp_path / "again/summary.json").unlink()
+    resume(tmp_path / "again", quiet=True)
+    assert_same(record(tmp_path / "again"), whole)
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("moment", "saved"), [("step 1", 1), ("step 9", 9), ("step 12", 12), ("evaluation", 6)])
+def test_a_signal_stops_after_the_step_and_saves_it(
+    tiny: MakeConfig,
+    record: Record,
+    whole: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    moment: str,
+    saved: int,
+) -> None:
+    config = tiny("run", save_steps=4)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        if moment == "evaluation":
+            evaluate = loop.evaluate
+            patch.setattr(loop, "evaluate", lambda *a: (os.kill(os.getpid(), number), evaluate(*a))[1])
+        else:
+            backward = loop.Trainer._backward
+
+            def signalled(self: Any, *batch: torch.Tensor) -> torch.Tensor:
+                if self.position.step + 1 == saved:
+                    os.kill(os.getpid(), number)
+                return backward(self, *batch)
+
+            patch.setattr(loop.Trainer, "_backward", signalled)
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {saved}, which is saved; continue with `mpvg"
+        ) as end:
+            train(config, quiet=True)
+    assert isinstance(end.value, KeyboardInterrupt)
+    assert end.value.exit_code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert (Path(config.out) / "checkpoints/last").readlink().name == f"step-{saved:08d}"
+    assert not (Path(config.out) / "summary.json").exists()
+    resume(config.out, quiet=True)
+    # A checkpoint more was made, so another is the one before the newest.
+    assert_same(record(config.out, files=False), {name: whole[name] for name in whole if name != "files"})
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(
+    tiny: MakeConfig, record: Record, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = loop.Trainer._backward
+
+    def signalled(self: Any, *batch: torch.Tensor) -> torch.Tensor:
+        if self.position.step == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(self, *batch)
+
+    monkeypatch.setattr(loop.Trainer, "_backward", signalled)
+    train(tiny("run", save_steps=4), quiet=True)
+    assert_same(record(tiny("run").out), whole)
+
+
+def test_ctrl_c_again_stops_at_once(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But not within a second of the first: that is torchrun handing on what the terminal has sent already."""
+    clock = iter([100.0, 100.5, 102.0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    reached = []
+    with pytest.raises(KeyboardInterrupt) as end, stopping.Stop(quiet=False) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(stop.asked)
+    assert reached == [signal.SIGINT] * 2
+    assert not isinstance(end.value, Interrupted)
+    assert capfd.readouterr().err.count("Ctrl-C stops at once") == 1
+
+
+def test_signals_are_left_alone_outside_the_main_thread(tiny: MakeConfig) -> None:
+    def in_thread() -> None:
+        train(tiny(epochs=1), quiet=True)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert runs.load(tiny().out).summary() is not None
+
+
+def test_a_step_that_cannot_be_saved_at_a_signal_is_an_error(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError(28, "cannot save")
+
+    monkeypatch.setattr(loop.runs, "save_checkpoint", full)
+    backward = loop.Trainer._backward
+    monkeypatch.setattr(loop.Trainer, "_backward", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), backward(*a))[1])
+    with pytest.raises(OSError, match="cannot save"):
+        train(tiny(), quiet=True)
 
 
 def test_resuming_a_complete_run_changes_nothing(tiny: MakeConfig) -> None:

@@ -1,7 +1,11 @@
 """Runs that are killed from outside, and disks that are full: nothing here is played."""
 
+import contextlib
 import os
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +21,7 @@ from mpvg import runs
 from mpvg.cli import main
 from mpvg.training import loop
 
-Record = Callable[[str | Path], dict[str, Any]]
+Record = Callable[..., dict[str, Any]]
 
 WORKERS = 2
 
@@ -48,6 +52,14 @@ def folder_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "recipe": "folder",  # DeiT's augmentation, and averaged weights
     }
     return ["train", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+
+
+@pytest.fixture(scope="module")
+def folder_run(folder_command: list[str], record: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command leaves when nothing happens, but for the names of the files."""
+    out = tmp_path_factory.mktemp("folder-run") / "run"
+    assert main([*folder_command, "--out", str(out)]) == 0
+    return record(out, files=False)
 
 
 def onwards(command: list[str], out: Path) -> list[str]:
@@ -103,6 +115,156 @@ def test_a_killed_command_is_resumed_by_another(folder_command: list[str], recor
     assert "epoch 3/3" in ended.stdout
     assert main([*folder_command, "--out", str(tmp_path / "whole")]) == 0
     assert record(out) == record(tmp_path / "whole")
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_to_the_process_or_to_all_of_its_group_saves_the_step(
+    folder_command: list[str],
+    start_mpvg: Callable[..., Any],
+    record: Record,
+    folder_run: dict[str, Any],
+    tmp_path: Path,
+    number: signal.Signals,
+    group: bool,
+) -> None:
+    """A scheduler, `timeout` and a terminal send it to all, and so to the loader's workers, which must not die of it."""
+    out = tmp_path / "run"
+    child = start_mpvg(*folder_command, "--out", out)
+    while child.process.is_alive() and not (out / "checkpoints/last").exists():
+        time.sleep(0.002)
+    members = child.members()
+    for member in members if group else [child.process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, number)
+    assert child.wait() == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert len(members) > WORKERS
+    said = child.said()
+    step = runs.load_checkpoint(out)[1]["position"]["step"]
+    what = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert f"{what}: stopped after step {step}, which is saved; continue with `mpvg train --resume {out}`" in said
+    assert "Traceback" not in said
+    assert not child.members()  # no worker is left
+    assert start_mpvg("train", "--resume", out).wait() == 0
+    assert record(out, files=False) == folder_run
+
+
+def test_workers_that_an_error_left_behind_do_not_hold_up_the_end(folder_command: list[str], tmp_path: Path) -> None:
+    """They are deaf to the SIGTERM with which multiprocessing would end them."""
+    code = (
+        "import sys, mpvg.cli\nfrom mpvg.training import loop\n"
+        "def end(*a): raise RuntimeError('out of memory')\n"
+        "loop.Trainer._check_weights = end\n"
+        "mpvg.cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *folder_command, "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "RuntimeError: out of memory" in ended.stderr
+
+
+# ---- data that go away
+
+
+@pytest.mark.parametrize(
+    ("fault", "skip"), [("corrupt", False), ("removed", False), ("removed", True)], ids=["corrupt", "gone", "all gone"]
+)
+def test_data_that_go_away_late_leave_the_checkpoint_before(
+    folder_command: list[str],
+    record: Record,
+    folder_run: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    skip: bool,
+) -> None:
+    root, out = Path(folder_command[folder_command.index("--data") + 1]), tmp_path / "run"
+    images, away = root / "train", tmp_path / "away"
+    step = loop.Trainer._step
+
+    def break_it(self: Any, *batch: Any) -> float:
+        if self.position.step == 6 and not away.exists():
+            shutil.copytree(images, away)
+            for file in images.rglob("*.png"):
+                file.write_bytes(b"no image") if fault == "corrupt" else file.unlink()
+        return step(self, *batch)
+
+    options = ["--loader.workers", "0", "--loader.skip_corrupt", str(skip).lower(), "--out", str(out)]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Trainer, "_step", break_it)
+            assert main([*folder_command, *options]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"mpvg: error: image {images}/")
+        assert "cannot be read (" in said
+        assert said.count("\n") == 1
+        assert runs.load_checkpoint(out)[1]["position"]["step"] == 6
+    finally:
+        shutil.copytree(away, images, dirs_exist_ok=True)
+    assert main(["train", "--resume", str(out)]) == 0
+    assert record(out, files=False) == folder_run
+
+
+# ---- two processes
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
+    processes: Any, record: Record, tmp_path: Path
+) -> None:
+    """SIGTERM to one of them stops both; then SIGKILL to all; and one process alone gives the same curve."""
+    options = "--data digits --epochs 2 --batch_size 128 --save_steps 5 --threads 1 --device cpu"
+    options += " --network.drop_path 0 --augment.mixup 0 --augment.cutmix 0"
+    command = ["train", *options.split()]
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        begun = [*processes.torchrun(2), *arguments]
+        return subprocess.Popen(begun, env=environment, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+
+    def newest(out: Path) -> str:
+        link = out / "checkpoints/last"
+        return os.readlink(link) if link.is_symlink() else ""
+
+    def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
+        before = newest(out)
+        while process.poll() is None and newest(out) == before:
+            time.sleep(0.002)
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    with start(*command, "--out", str(whole)) as process:
+        assert process.wait(60) == 0, process.communicate()[1]
+    assert main([*command, "--out", str(tmp_path / "alone")]) == 0
+    lines = [runs.load(path).metrics() for path in (whole, tmp_path / "alone")]
+    for two, one in zip(*lines, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-6)
+        assert two["nll"] == pytest.approx(one["nll"], abs=1e-6)
+
+    with start(*command, "--out", str(out)) as process:
+        wait_for_another(out, process)
+        second = [
+            pid for pid in processes.below(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        ]
+        os.kill(second[0], signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert re.search(r"exitcode +: 143", said), said
+    step = runs.load_checkpoint(out)[1]["position"]["step"]
+    assert f"SIGTERM: stopped after step {step}, which is saved" in said
+    assert 5 <= step < 22
+
+    with start("train", "--resume", str(out)) as process:
+        wait_for_another(out, process)
+        assert processes.kill_below(process.pid) == 3
+    assert not (out / "summary.json").exists()
+    assert newest(out) > f"step-{step:08d}"
+    with start("train", "--resume", str(out)) as process:
+        assert process.wait(60) == 0, process.communicate()[1]
+    assert record(out, files=False) == record(whole, files=False)
 
 
 # ---- a full disk
@@ -211,7 +373,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
     _, state = runs.load_checkpoint(out)
     assert state["position"]["step"] == 4
 
-    resize(small_disk, str(4 * size))
+    resize(small_disk, str(5 * size))  # two, the best, and the one that is being written
     fill = small_disk / "fill"
     evaluate = loop.evaluate
 

@@ -8,6 +8,8 @@ interrupted anywhere therefore continues with the same bits, and no generator's 
 import contextlib
 import math
 import random
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from mpvg.runs import Run
 from mpvg.tasks import Scores, classification_loss, evaluate
 from mpvg.training import optimizer as optimizers
 from mpvg.training.progress import Reporter
+from mpvg.training.stopping import Interrupted, Stop
 
 
 class NonFiniteLoss(ValueError):
@@ -46,7 +50,7 @@ class Position:
     step: int = 0
     """Optimizer steps done."""
     loss_sum: float = 0.0
-    """Sum of the losses of the epoch in progress; up to date with other processes at its end and in checkpoints."""
+    """Sum of the losses of the epoch in progress, of whole batches."""
     seconds: float = 0.0
     """Time spent in steps, waiting for data included."""
     images: int = 0
@@ -62,6 +66,7 @@ def train(config: RunConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises:
         FileExistsError: the run folder is taken.
+        Interrupted: SIGTERM or Ctrl-C came; the step was finished and saved. It is a KeyboardInterrupt.
         NonFiniteLoss: the loss is no longer a number.
         OSError: a checkpoint cannot be written; the previous one is kept.
         ValueError: the config asks for what the data, the network or the hardware cannot give.
@@ -105,6 +110,7 @@ class Trainer:
         self.mixup = _mixup(config, data.info.num_classes)
         self.position = Position()
         self.quiet = quiet or not accelerator.is_main_process
+        self.stop, self.stopped_by = Stop(quiet=self.quiet), 0
 
     @classmethod
     def of(cls, config: RunConfig, *, quiet: bool) -> "Trainer":
@@ -126,36 +132,50 @@ class Trainer:
     def run_to_end(self) -> dict[str, Any]:
         """Trains what is left and returns the summary."""
         epochs, steps = self.config.epochs, len(self.data.train)
-        with Reporter(epochs * steps, self.position.step, quiet=self.quiet) as reporter:
+        with self.stop, Reporter(epochs * steps, self.position.step, quiet=self.quiet) as reporter:
             config, went_on = self.config, f", from step {self.position.step}" if self.position.step else ""
             reporter.say(f"training {config.model} with {config.method} on {config.data} in {config.out}{went_on}")
             while self.position.epoch < epochs:
                 self.train_epoch(reporter)
                 values = self._evaluate()
                 reporter.epoch(values, epochs)
+                self._agree(0.0)  # a signal during the evaluation, which has no steps to stop at
+                if self.stopped_by and self.position.epoch < epochs:
+                    raise self._interrupted()
         summary = self._summary()
         if self.accelerator.is_main_process:
             runs.write_json(self.run.path / "summary.json", summary)
         return summary
 
     def restore(self) -> None:
-        """Takes up the newest checkpoint, or the beginning where there is none yet."""
-        try:
-            tensors, state = runs.load_checkpoint(self.run.path)
-        except FileNotFoundError:
-            runs.cut_metrics(self.run.path, 0)
+        """Takes up the newest checkpoint that is whole, or the beginning where there is none yet."""
+        path, here = self.run.path, self.accelerator
+        if not runs.has_checkpoint(path):
+            if here.is_main_process:
+                runs.cut_metrics(path, 0)
             return
+        # One process chooses for all: they must not take up different ones.
+        chosen: list[Any] = [runs.newest_whole(path) if here.is_main_process else None]
+        name, problems = broadcast_object_list(chosen)[0]
+        tensors, state = runs.load_checkpoint(path, name)
         try:
             self._take_up(tensors, state)
         except (KeyError, TypeError, RuntimeError) as error:  # all that torch and dict say of what does not fit
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"{runs.checkpoint_folder(self.run.path)} is damaged ({type(error).__name__}: {reason}); "
+                f"{path / 'checkpoints' / name} is damaged ({type(error).__name__}: {reason}); "
                 "restore it from a copy of the run, or train a new run with another --out"
             ) from error
-        if self.accelerator.is_main_process:
-            runs.cut_metrics(self.run.path, self.position.step)
-            runs.remove_unused(self.run.path)  # a process may have died before it did
+        here.wait_for_everyone()  # all have read what is now tidied up
+        if here.is_main_process:
+            runs.cut_metrics(path, self.position.step)
+            if problems:
+                print(f"mpvg: warning: {problems[0]}; going on from {name}, the one before", file=sys.stderr)
+                runs.go_back_to(path, name)
+            runs.remove_unused(path)  # a process may have died before it did
+        here.wait_for_everyone()
+        if not runs.has_checkpoint(path, "best"):
+            self.position.best = -1.0  # it was among those that are given up
 
     def _take_up(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Puts a checkpoint's values where they came from."""
@@ -185,20 +205,41 @@ class Trainer:
                 here.loss_sum / here.batch,
                 (here.images - images_before) / (time.perf_counter() - begun),
             )
-            if self.config.save_steps and here.step % self.config.save_steps == 0 and here.batch < batches:
+            if here.batch == batches:
+                continue  # the epoch's end saves
+            if self.stopped_by or (self.config.save_steps and here.step % self.config.save_steps == 0):
                 here.seconds += time.perf_counter() - begun
-                self._share_loss()
                 self._check_weights()
                 self._save(best=False)
+                if self.stopped_by:
+                    raise self._interrupted()
                 begun, images_before = time.perf_counter(), here.images
         here.seconds += time.perf_counter() - begun
-        self._share_loss()
 
-    def _share_loss(self) -> None:
-        """Makes the loss so far that of the whole batches, of which every process has seen its share."""
+    def _agree(self, loss: float) -> float:
+        """The loss over all processes; what they also agree on is whether a signal stops them.
+
+        One that stopped alone would leave the others waiting for its gradients.
+        """
+        self.stopped_by = self.stop.asked
         if self.accelerator.num_processes > 1:
-            mine = torch.tensor(self.position.loss_sum, dtype=torch.float64)
-            self.position.loss_sum = self.accelerator.reduce(mine.to(self.accelerator.device), "mean").item()
+            asked = self.stop.asked
+            mine = [loss, float(asked == signal.SIGINT), float(asked == signal.SIGTERM)]
+            there = torch.tensor(mine, dtype=torch.float64, device=self.accelerator.device)
+            total, interrupts, terminations = self.accelerator.reduce(there, "sum").tolist()
+            loss = total / self.accelerator.num_processes
+            self.stopped_by = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+        return loss
+
+    def _interrupted(self) -> Interrupted:
+        """The end of a run that a signal stopped, once all of it is saved."""
+        self.accelerator.wait_for_everyone()  # torchrun kills the others when one of them ends
+        what = "Ctrl-C" if self.stopped_by == signal.SIGINT else "SIGTERM"
+        return Interrupted(
+            f"{what}: stopped after step {self.position.step}, which is saved; "
+            f"continue with `mpvg train --resume {self.run.path}`",
+            128 + self.stopped_by,
+        )
 
     def _step(self, images: Tensor, targets: Tensor) -> float:
         """One optimizer step; returns its loss."""
@@ -214,7 +255,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.network)
-        value = loss.item()
+        value = self._agree(loss.item())
         if not math.isfinite(value):
             raise self._diverged(
                 f"the loss is {value} at step {here.step + 1} (epoch {here.epoch + 1}, batch {here.batch + 1})"
