@@ -294,6 +294,24 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert_same(record(config.out), whole)
 
 
+def test_there_is_a_best_one_where_the_best_was_damaged_and_is_not_reached_again(
+    tiny: MakeConfig, stop_at_step: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As may be on a GPU, where the steps that are done again are not the same to the last bit."""
+    accuracies = iter([0.1, 0.9, 0.5, 0.3])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: replace(evaluate(*a), accuracy=next(accuracies)))
+    config = tiny("run", save_steps=4, ema_decay=None)
+    stop_at_step(13)
+    with pytest.raises(Stop):
+        train(config, quiet=True)
+    stop_at_step(None)
+    shutil.rmtree(Path(config.out) / "checkpoints/step-00000012")
+    resume(config.out, quiet=True)
+    assert (Path(config.out) / "checkpoints/best").readlink().name == "step-00000012"  # 0.5 this time
+    runs.load(config.out).model("best")
+
+
 def test_an_old_run_falls_back_too(
     tiny: MakeConfig, record: Record, stop_at_step: Callable[[int | None], None], whole: dict[str, Any]
 ) -> None:

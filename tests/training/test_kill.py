@@ -131,7 +131,7 @@ def test_a_signal_to_the_process_or_to_all_of_its_group_saves_the_step(
     number: signal.Signals,
     group: bool,
 ) -> None:
-    """A scheduler, `timeout` and a terminal send it to all, and so to the loader's workers, which must not die of it."""
+    """A scheduler, `timeout` and a terminal send it to all, the loader's workers too, which must not die of it."""
     out = tmp_path / "run"
     child = start_mpvg(*folder_command, "--out", out)
     while child.process.is_alive() and not (out / "checkpoints/last").exists():
@@ -237,7 +237,7 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
 
     whole, out = tmp_path / "whole", tmp_path / "run"
     with start(*command, "--out", str(whole)) as process:
-        assert process.wait(60) == 0, process.communicate()[1]
+        assert process.wait(120) == 0, process.communicate()[1]
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     lines = [runs.load(path).metrics() for path in (whole, tmp_path / "alone")]
     for two, one in zip(*lines, strict=True):
@@ -250,7 +250,7 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
             pid for pid in processes.below(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
         ]
         os.kill(second[0], signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert re.search(r"exitcode +: 143", said), said
     step = runs.load_checkpoint(out)[1]["position"]["step"]
@@ -263,7 +263,7 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
     assert not (out / "summary.json").exists()
     assert newest(out) > f"step-{step:08d}"
     with start("train", "--resume", str(out)) as process:
-        assert process.wait(60) == 0, process.communicate()[1]
+        assert process.wait(120) == 0, process.communicate()[1]
     assert record(out, files=False) == record(whole, files=False)
 
 
