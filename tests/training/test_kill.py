@@ -212,6 +212,30 @@ def test_data_that_go_away_late_leave_the_checkpoint_before(
 # ---- two processes
 
 
+@contextlib.contextmanager
+def start_two(processes: Any, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    begun = [*processes.torchrun(2), *arguments]
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(begun, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:  # where the test fails, they may wait for each other for ever
+            if process.poll() is None:
+                processes.kill_below(process.pid)
+
+
+def newest(out: Path) -> str:
+    link = out / "checkpoints/last"
+    return os.readlink(link) if link.is_symlink() else ""
+
+
+def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
+    before = newest(out)
+    while process.poll() is None and newest(out) == before:
+        time.sleep(0.002)
+
+
 @pytest.mark.slow
 def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
     processes: Any, record: Record, tmp_path: Path
@@ -220,23 +244,8 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
     options = "--data digits --epochs 2 --batch_size 128 --save_steps 5 --threads 1 --device cpu"
     options += " --network.drop_path 0 --augment.mixup 0 --augment.cutmix 0"
     command = ["train", *options.split()]
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        begun = [*processes.torchrun(2), *arguments]
-        return subprocess.Popen(begun, env=environment, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
-
-    def newest(out: Path) -> str:
-        link = out / "checkpoints/last"
-        return os.readlink(link) if link.is_symlink() else ""
-
-    def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
-        before = newest(out)
-        while process.poll() is None and newest(out) == before:
-            time.sleep(0.002)
-
     whole, out = tmp_path / "whole", tmp_path / "run"
-    with start(*command, "--out", str(whole)) as process:
+    with start_two(processes, *command, "--out", str(whole)) as process:
         assert process.wait(120) == 0, process.communicate()[1]
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     lines = [runs.load(path).metrics() for path in (whole, tmp_path / "alone")]
@@ -244,7 +253,7 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
         assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-6)
         assert two["nll"] == pytest.approx(one["nll"], abs=1e-6)
 
-    with start(*command, "--out", str(out)) as process:
+    with start_two(processes, *command, "--out", str(out)) as process:
         wait_for_another(out, process)
         second = [
             pid for pid in processes.below(process.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
@@ -257,12 +266,12 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
     assert f"SIGTERM: stopped after step {step}, which is saved" in said
     assert 5 <= step < 22
 
-    with start("train", "--resume", str(out)) as process:
+    with start_two(processes, "train", "--resume", str(out)) as process:
         wait_for_another(out, process)
         assert processes.kill_below(process.pid) == 3
     assert not (out / "summary.json").exists()
     assert newest(out) > f"step-{step:08d}"
-    with start("train", "--resume", str(out)) as process:
+    with start_two(processes, "train", "--resume", str(out)) as process:
         assert process.wait(120) == 0, process.communicate()[1]
     assert record(out, files=False) == record(whole, files=False)
 
