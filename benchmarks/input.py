@@ -26,7 +26,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from timing import Times, now, ratio, since
 from timm.data import create_transform
 from torch.utils.data import default_collate
 
@@ -49,8 +49,6 @@ LIMITS = {"fast / timm": 1.25, "worker / timm": 2.0}
 AIMS = {"fast / timm": 1.5}
 MAX_AA = 0.03
 CPU = torch.device("cpu")
-Times = tuple[float, float]
-"""CPU and wall seconds."""
 
 
 def main() -> int:
@@ -235,22 +233,6 @@ def report(result: dict[str, Any]) -> int:
         print("the control failed; run it again on a quieter machine")
         return 1
     return 2 if any(result["CPU"][name][0] < limit for name, limit in LIMITS.items()) else 0
-
-
-def now() -> Times:
-    return time.process_time(), time.perf_counter()
-
-
-def since(begun: Times) -> Times:
-    cpu, wall = now()
-    return cpu - begun[0], wall - begun[1]
-
-
-def ratio(values: list[float]) -> tuple[float, float, float]:
-    """Median with a 95 % bootstrap interval: low, median, high."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
-    return medians[50], statistics.median(values), medians[1949]
 
 
 if __name__ == "__main__":

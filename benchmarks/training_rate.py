@@ -12,16 +12,15 @@ compared with itself is the control: where its interval excludes 1 or leaves 1 +
 import argparse
 import contextlib
 import json
-import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import Times, now, ratio, since
 
 from mpvg import runs
 from mpvg.recipes import recipe
@@ -29,8 +28,6 @@ from mpvg.training.loop import Trainer
 from mpvg.training.progress import Reporter
 
 LIMIT = 0.95
-Times = tuple[float, float]
-"""Wall and CPU seconds."""
 
 
 def main() -> None:
@@ -53,11 +50,11 @@ def main() -> None:
     result = {
         "model": config.model,
         "augmentation": config.to_dict()["augment"],
-        "images_per_second": {n: images / statistics.median(r[n][0] for r in turns.rounds) for n in ("loop", "bare")},
-        "loop / bare, wall": ratio([r["bare"][0] / r["loop"][0] for r in turns.rounds]),
-        "loop / bare, CPU": ratio([r["bare"][1] / r["loop"][1] for r in turns.rounds]),
-        "control, wall": ratio([r["bare"][0] / r["control"][0] for r in turns.rounds]),
-        "control, CPU": ratio([r["bare"][1] / r["control"][1] for r in turns.rounds]),
+        "images_per_second": {n: images / statistics.median(r[n].wall for r in turns.rounds) for n in ("loop", "bare")},
+        "loop / bare, wall": ratio([r["bare"].wall / r["loop"].wall for r in turns.rounds]),
+        "loop / bare, CPU": ratio([r["bare"].cpu / r["loop"].cpu for r in turns.rounds]),
+        "control, wall": ratio([r["bare"].wall / r["control"].wall for r in turns.rounds]),
+        "control, CPU": ratio([r["bare"].cpu / r["control"].cpu for r in turns.rounds]),
         "limit": LIMIT,
         "environment": runs.environment(),
         "rounds": turns.rounds,
@@ -112,22 +109,6 @@ def bare_stretch(trainer: Trainer, steps: int) -> Callable[[], Times]:
         return since(begun)
 
     return stretch
-
-
-def now() -> Times:
-    return time.perf_counter(), time.process_time()
-
-
-def since(begun: Times) -> Times:
-    wall, cpu = now()
-    return wall - begun[0], cpu - begun[1]
-
-
-def ratio(values: list[float]) -> tuple[float, float, float]:
-    """Median with a 95 % bootstrap interval: low, median, high."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
-    return medians[50], statistics.median(values), medians[1949]
 
 
 if __name__ == "__main__":

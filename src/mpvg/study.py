@@ -272,9 +272,21 @@ class RunState:
             return (str(self.path), self.state, *("-" * 6))
         config = self.run.config
         best = f"{100 * max(line['accuracy'] for line in self.metrics):.2f}" if self.metrics else "-"
-        method = config.method if isinstance(config.method, str) else "own"
         epochs = f"{len(self.metrics)}/{config.epochs}"
-        return str(self.path), self.state, epochs, best, config.data, config.model, method, str(config.seed)
+        return (
+            str(self.path),
+            self.state,
+            epochs,
+            best,
+            config.data,
+            config.model,
+            _method_name(config),
+            str(config.seed),
+        )
+
+
+def _method_name(config: RunConfig) -> str:
+    return config.method if isinstance(config.method, str) else "own"
 
 
 def find_runs(root: Path) -> list[RunState]:
@@ -319,8 +331,7 @@ def plot_runs(roots: Sequence[Path], key: str, file: Path) -> None:
         values = [line[key] for line in found.metrics if key in line]
         if found.run is not None and values:
             config = replace(found.run.config, seed=0)
-            method = config.method if isinstance(config.method, str) else "own"
-            curves.setdefault(f"{config.model} {method} ({config.digest()})", []).append(values)
+            curves.setdefault(f"{config.model} {_method_name(config)} ({config.digest()})", []).append(values)
     if not curves:
         raise ValueError(
             f"no run has {key!r} yet; allowed: {', '.join(sorted(known)) or 'nothing, before an epoch ends'}"

@@ -14,13 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mpvg.config import RunConfig
-from mpvg.data.contract import Data, DataInfo
-from mpvg.data.images import Labelled, open_images, read_image
+from mpvg.data.contract import Data
+from mpvg.data.images import Labelled, describe_images, in_class_order, open_images, read_image
 
 
 def archives(root: str | Path, split: str) -> list[Path]:
@@ -39,19 +38,9 @@ def open_archives(config: RunConfig, *, device: torch.device, rank: int, world_s
     unknown = sorted({member.label for member in val} - names.keys())
     if unknown:
         raise ValueError(f"class {unknown[0]!r} is in val but not in train of {config.data}; add its training images")
-    info = DataInfo(
-        name=config.data,
-        class_names=tuple(names.values()),
-        in_chans=3,
-        img_size=config.network.img_size or 224,
-        mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
-        std=config.network.std or IMAGENET_DEFAULT_STD,
-        crop_pct=config.network.crop_pct,
-        train_size=len(train),
-        val_size=len(val),
-    )
     number = {label: target for target, label in enumerate(names)}
     splits = [Labelled(Members.of(split), [number[member.label] for member in split]) for split in (train, val)]
+    info = describe_images(config, list(names.values()), *splits)
     return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
 
 
@@ -142,7 +131,7 @@ def _members(path: Path) -> list[Member]:
 
 def _class_names(root: Path, labels: set[str]) -> dict[str, str]:
     """Label to name, in the order of the targets; names of numbers are the lines of classes.txt, if there is one."""
-    order = sorted(labels, key=lambda label: (natural_key(label), label))
+    order = in_class_order(labels)
     file = root / "classes.txt"
     if not file.is_file() or not all(label.isdecimal() for label in order):
         return {label: label for label in order}

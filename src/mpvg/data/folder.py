@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.utils import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from mpvg.config import RunConfig
-from mpvg.data.contract import Data, DataInfo
+from mpvg.data.contract import Data
 from mpvg.data.fast import fast_training, read_pixels
-from mpvg.data.images import Files, Labelled, Training, open_images, read_image
+from mpvg.data.images import Files, Labelled, describe_images, in_class_order, open_images, read_image
 
 
 def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
@@ -27,36 +25,15 @@ def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_siz
     class_names = _class_names(root / "train")
     train = _list_images(root / "train", class_names, class_names)
     val = _list_images(root / "val", _class_names(root / "val"), class_names)
-    info = DataInfo(
-        name=config.data,
-        class_names=tuple(class_names),
-        in_chans=3,
-        img_size=config.network.img_size or 224,
-        mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
-        std=config.network.std or IMAGENET_DEFAULT_STD,
-        crop_pct=config.network.crop_pct,
-        pipeline=config.augment.pipeline,
-        train_size=len(train),
-        val_size=len(val),
-    )
-    training: Training | None = None
-    reader: Callable[[str], Any] = read_image
-    if config.augment.pipeline == "fast":
-        training, reader = fast_training(config, info, device), read_pixels
-    return open_images(
-        config,
-        info,
-        _labelled(train, reader),
-        _labelled(val, read_image),
-        training=training,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-    )
+    fast = config.augment.pipeline == "fast"
+    splits = _labelled(train, read_pixels if fast else read_image), _labelled(val, read_image)
+    info = describe_images(config, class_names, *splits)
+    training = fast_training(config, info, device) if fast else None
+    return open_images(config, info, *splits, training=training, device=device, rank=rank, world_size=world_size)
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Names of the class folders, in timm's order (2 before 10)."""
+    """Names of the class folders, in the order of the targets."""
     if not folder.is_dir():
         raise FileNotFoundError(
             f"folder {str(folder)!r} is missing; data need train/ and val/, a folder a class in each"
@@ -64,7 +41,7 @@ def _class_names(folder: Path) -> list[str]:
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
         raise FileNotFoundError(f"folder {str(folder)!r} has no class folders; put the images of each class into one")
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    return in_class_order(names)
 
 
 def _list_images(folder: Path, present: list[str], class_names: list[str]) -> list[tuple[str, int]]:

@@ -3,7 +3,7 @@
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.utils import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -89,6 +90,27 @@ def open_images(
         ImageBatches(scored, in_order, config.loader, device),
         preprocess,
     )
+
+
+def describe_images(config: RunConfig, class_names: Sequence[str], train: Labelled, val: Labelled) -> DataInfo:
+    """The facts of colour images from files: ImageNet's statistics and 224 pixels unless the config says otherwise."""
+    return DataInfo(
+        name=config.data,
+        class_names=tuple(class_names),
+        in_chans=3,
+        img_size=config.network.img_size or 224,
+        mean=config.network.mean or IMAGENET_DEFAULT_MEAN,
+        std=config.network.std or IMAGENET_DEFAULT_STD,
+        crop_pct=config.network.crop_pct,
+        pipeline=config.augment.pipeline,
+        train_size=len(train.images),
+        val_size=len(val.images),
+    )
+
+
+def in_class_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in timm's order (2 before 10)."""
+    return sorted(names, key=lambda name: (natural_key(name), name))
 
 
 def make_preprocess(info: DataInfo) -> "Preprocess":

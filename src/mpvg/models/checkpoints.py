@@ -163,7 +163,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or is of another architecture; the network is unchanged.
     """
-    tensors, layout = translate(read_tensors(path), getattr(model, "layouts", ()))
+    return start_from(model, read_tensors(path), path)
+
+
+def start_from(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> LoadReport:
+    """As `load_checkpoint`, from what `read_tensors` has read of the file already."""
+    tensors, layout = translate(tensors, getattr(model, "layouts", ()))
     report = LoadReport(path=Path(path), source=layout.source if layout else "timm")
     state, problems = _Fitting(model, tensors, report).fit()
     if problems:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mpvg.config import unknown
 from mpvg.delivery import DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
-from mpvg.models.checkpoints import load_checkpoint, read_tensors
+from mpvg.models.checkpoints import read_tensors, start_from
 from mpvg.models.plain import POS_STD, DeliveredBlock, DeliveredVisionTransformer
 from mpvg.models.registry import check_divisible
 
@@ -98,15 +98,14 @@ def create_converted(
             model.pos_embed.mul_(pos_std / POS_STD)
     if checkpoint_path is None:
         return convert(model, method, readout=readout, start=start)
-    keys = read_tensors(checkpoint_path).keys()
+    tensors = read_tensors(checkpoint_path)
     body = {key for key in model.state_dict() if not key.startswith("head.")}
-    if body <= keys and not any(
-        key.startswith("delivery.") for key in keys
-    ):  # the original network's: what preserves its answers must see its weights
-        load_checkpoint(model, checkpoint_path)
-        return convert(model, method, readout=readout, start=start)
+    originals = body <= tensors.keys() and not any(key.startswith("delivery.") for key in tensors)
+    if originals:  # what preserves its answers must see its weights
+        start_from(model, tensors, checkpoint_path)
     converted = convert(model, method, readout=readout, start=start)
-    load_checkpoint(converted, checkpoint_path)
+    if not originals:
+        start_from(converted, tensors, checkpoint_path)
     return converted
 
 

@@ -49,7 +49,7 @@ def cifar10() -> RunConfig:
         recipe="cifar10",
         ema_decay=0.999,
         network=NetworkConfig(drop_path=0.1),
-        augment=_strong(crop_padding=4),
+        augment=replace(paper.STRONG, crop_padding=4),
         optim=OptimConfig(warmup_epochs=10),
     )
 
@@ -70,7 +70,7 @@ def folder() -> RunConfig:
         recipe="folder",
         ema_decay=0.999,
         network=NetworkConfig(drop_path=0.1),
-        augment=_strong(),
+        augment=paper.STRONG,
         optim=OptimConfig(warmup_epochs=5),
         loader=LoaderConfig(workers=4),
     )
@@ -89,7 +89,7 @@ def finetune() -> RunConfig:
         lr=5e-4,
         recipe="finetune",
         network=NetworkConfig(drop_path=0.1),
-        augment=replace(_strong(), mixup=0.0, cutmix=0.0, crop_scale=(0.2, 1.0)),
+        augment=replace(paper.STRONG, mixup=0.0, cutmix=0.0, crop_scale=(0.2, 1.0)),
         optim=OptimConfig(warmup_epochs=3, layer_decay=0.75, min_lr=1e-6),
         loader=LoaderConfig(workers=4),
     )
@@ -127,16 +127,3 @@ def recipe(name: str | None = None, data: str | None = None) -> RunConfig:
         raise ValueError(unknown("recipe", name, RECIPES, near=2))
     config = RECIPES[name]()
     return config if data is None else replace(config, data=data)
-
-
-def _strong(crop_padding: int = 0) -> AugmentConfig:
-    """DeiT's augmentation."""
-    return AugmentConfig(
-        crop_padding=crop_padding,
-        hflip=0.5,
-        auto_augment="rand-m9-mstd0.5-inc1",
-        erase=0.25,
-        mixup=0.8,
-        cutmix=1.0,
-        smoothing=0.1,
-    )

@@ -17,9 +17,7 @@ from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
 
-_STRONG = AugmentConfig(
-    hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
-)
+STRONG = AugmentConfig(hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
 """DeiT's augmentation, which every ImageNet run of the paper has; timm leaves colour jitter out beside RandAugment."""
 
 
@@ -38,7 +36,7 @@ def deit_tiny() -> RunConfig:
         precision="bf16",
         ema_decay=0.99996,  # tracked, but not what DeiT scores
         network=NetworkConfig(drop_path=0.1),
-        augment=replace(_STRONG, repeats=3),
+        augment=replace(STRONG, repeats=3),
         optim=OptimConfig(
             weight_decay=0.05,
             warmup_epochs=5,
@@ -77,7 +75,7 @@ def swin_tiny() -> RunConfig:
         recipe="swin_tiny",
         ema_decay=None,
         network=NetworkConfig(drop_path=0.2),
-        augment=_STRONG,
+        augment=STRONG,
         optim=OptimConfig(
             weight_decay=0.05,
             clip_grad=5.0,
@@ -110,7 +108,7 @@ def t2t_vit_7() -> RunConfig:
         recipe="t2t_vit_7",
         ema_selects=True,  # the repository scores and keeps the averaged weights
         network=NetworkConfig(drop_path=0.1, crop_pct=0.9),
-        augment=replace(_STRONG, interpolation="random"),
+        augment=replace(STRONG, interpolation="random"),
         optim=OptimConfig(weight_decay=0.03, warmup_epochs=10, cooldown_epochs=10, schedule_unit="epoch"),
     )
 
@@ -130,7 +128,7 @@ def vit_lite_7_cifar100() -> RunConfig:
         ema_decay=None,
         ema_selects=False,
         network=NetworkConfig(drop_path=0.1, crop_pct=1.0, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
-        augment=replace(_STRONG, pipeline="timm", crop_scale=(0.8, 1.0), interpolation="random"),
+        augment=replace(STRONG, pipeline="timm", crop_scale=(0.8, 1.0), interpolation="random"),
         optim=OptimConfig(weight_decay=0.06, warmup_epochs=10, cooldown_epochs=10, schedule_unit="epoch"),
     )
 
