@@ -26,6 +26,8 @@ class NetworkConfig:
     """Checkpoint that the weights start from, of any method, image size and classes; 'pretrained': timm's own."""
     readout: Literal["keep", "method"] = "keep"
     """For timm/<name>: whether the network's own read-out stays, or becomes the method's."""
+    sync_bn: bool = False
+    """Whether BatchNorm (CeiT) sees the batch of all processes, on GPUs; the paper's does not."""
     start: Literal["fresh", "preserve"] = "fresh"
     """For timm/<name>: whether the delivery acts from the start, or begins from unchanged answers."""
     mean: tuple[float, ...] | None = None
@@ -198,6 +200,10 @@ class RunConfig:
     """Where to train."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Autocast precision."""
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    """Mode of torch.compile; reduce-overhead replays CUDA graphs, for small networks; None: not compiled."""
+    channels_last: bool = False
+    """Whether convolutions keep channels last in memory, as GPUs compute them faster in bf16: of use to CeiT."""
     threads: int | None = None
     """CPU threads of the arithmetic; None: all. The same number gives the same bits."""
     ema_decay: float | None = None
@@ -208,6 +214,8 @@ class RunConfig:
     """Parts in which a process goes through its share of a batch, to save memory; the step is the same."""
     save_steps: int | None = None
     """Steps between checkpoints inside an epoch; None: at the end of each epoch only."""
+    tracker: str | None = None
+    """Where each epoch's metrics are sent as well: tensorboard, or another of accelerate's trackers by name."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -219,6 +227,8 @@ class RunConfig:
         _check("lr", self.lr, self.lr > 0, "a number > 0")
         _check("seed", self.seed, 0 <= self.seed < 2**31, "a whole number in [0, 2^31)")
         _check("threads", self.threads, self.threads is None or self.threads >= 1, "a whole number >= 1")
+        modes = (None, "default", "reduce-overhead", "max-autotune")
+        _check("compile", self.compile, self.compile in modes, f"{', '.join(map(str, modes))}")
         _check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "a whole number >= 1")
         _check("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
         _check("accumulate", self.accumulate, self.accumulate >= 1, "a whole number >= 1")
@@ -259,7 +269,7 @@ class RunConfig:
     def digest(self) -> str:
         """Twelve hex digits that name what is trained; where, from where and with which hardware do not count."""
         values = self.to_dict()
-        for name in ("out", "loader", "save_steps", "device", "threads"):
+        for name in ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker"):
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -117,7 +117,8 @@ def save_checkpoint(
 def _files(tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     yield "state.json", json.dumps(state).encode()
     for stem, named in tensors.items():
-        yield f"{stem}.safetensors", safetensors.torch.save(named)
+        whole = {name: tensor.contiguous() for name, tensor in named.items()}  # the format has no strides
+        yield f"{stem}.safetensors", safetensors.torch.save(whole)
 
 
 def remove_unused(path: Path) -> None:

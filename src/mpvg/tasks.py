@@ -39,20 +39,21 @@ def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Te
 def evaluate(model: nn.Module, batches: Batches, accelerator: Accelerator | None = None) -> Scores:
     """Scores a model on every image once, over all processes."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    # On the device: each look at a number there would hold the next batch up.
+    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters(), torch.empty(0)).device)
     for images, targets in batches.epoch():
         logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         nll = F.cross_entropy(logits, targets, reduction="none").double().sum()
-        batch = [best[:, 0].sum(), best.any(dim=1).sum(), nll, torch.tensor(len(targets))]
-        sums += torch.stack([value.double().cpu() for value in batch])
+        one, five = hits[:, 0].sum().double(), hits.any(dim=1).sum().double()
+        sums += torch.stack([one, five, nll, nll.new_full((), len(targets))])
     if accelerator is not None and accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+        sums = accelerator.reduce(sums, reduction="sum")
     count = int(sums[3])
     if count == 0:
         raise ValueError("no image could be evaluated; give a validation set with readable images")
-    hits, in_five, loss = (sums[:3] / count).tolist()
-    return Scores(accuracy=hits, top5=in_five, nll=loss, count=count)
+    accuracy, in_five, loss = (sums[:3] / count).tolist()
+    return Scores(accuracy=accuracy, top5=in_five, nll=loss, count=count)
 
 
 @torch.inference_mode()

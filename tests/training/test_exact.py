@@ -20,7 +20,7 @@ from torch import nn
 
 from mpvg import runs
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
-from mpvg.training import Interrupted, NonFiniteLoss, loop, resume, stopping, train
+from mpvg.training import Interrupted, NonFiniteLoss, hardware, loop, resume, stopping, train
 
 MakeConfig = Callable[..., RunConfig]
 Record = Callable[..., dict[str, Any]]
@@ -347,14 +347,14 @@ def test_a_complete_run_with_a_damaged_end_can_be_trained_to_it_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("moment", "saved"), [("step 1", 1), ("step 9", 9), ("step 12", 12), ("evaluation", 6)])
+@pytest.mark.parametrize(("moment", "saved"), [(1, 2), (8, 8), (9, 10), (5, 6), (12, 12), ("evaluation", 6)])
 def test_a_signal_stops_after_the_step_and_saves_it(
     tiny: MakeConfig,
     record: Record,
     whole: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
-    moment: str,
+    moment: int | str,
     saved: int,
 ) -> None:
     config = tiny("run", save_steps=4)
@@ -367,7 +367,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(
             backward = loop.Trainer._backward
 
             def signalled(self: Any, *batch: torch.Tensor) -> torch.Tensor:
-                if self.position.step + 1 == saved:
+                if self.position.step + 1 == moment:  # heeded when the next step is under way
                     os.kill(os.getpid(), number)
                 return backward(self, *batch)
 
@@ -573,7 +573,13 @@ def test_metrics_and_summary_say_what_happened(tiny: MakeConfig) -> None:
 def test_the_loss_in_the_metrics_is_the_mean_over_the_epoch(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     losses: list[float] = []
     step = loop.Trainer._step
-    monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: losses.append(step(s, *batch)) or losses[-1])
+
+    def recording(trainer: loop.Trainer, *batch: torch.Tensor) -> torch.Tensor:
+        said = step(trainer, *batch)
+        losses.append(float(said[0]))
+        return said
+
+    monkeypatch.setattr(loop.Trainer, "_step", recording)
     config = tiny(epochs=2, save_steps=4)
     train(config, quiet=True)
     for line, epoch in zip(runs.load(config.out).metrics(), (losses[:6], losses[6:]), strict=True):
@@ -607,7 +613,7 @@ def test_a_run_does_not_inherit_the_precision_of_an_earlier_one(
 ) -> None:
     """Accelerate keeps the first run's settings for the whole process; bf16 is refused here before anything runs."""
     train(tiny("first", epochs=1), quiet=True)
-    monkeypatch.setattr(loop, "bf16_refusal", lambda device: "it is not wanted in this test")
+    monkeypatch.setattr(hardware, "bf16_refusal", lambda device: "it is not wanted in this test")
     with pytest.raises(
         ValueError, match="precision is 'bf16', but it is not wanted in this test; give --precision fp32"
     ):
@@ -618,7 +624,7 @@ def test_a_run_does_not_inherit_the_precision_of_an_earlier_one(
 def test_bf16_is_refused_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "flags\t\t: fpu avx2 avx512f"
     monkeypatch.setattr(Path, "read_text", lambda self: flags)
-    assert "neither avx512_bf16 nor amx_bf16" in (loop.bf16_refusal(torch.device("cpu")) or "")
+    assert "neither avx512_bf16 nor amx_bf16" in (hardware.bf16_refusal(torch.device("cpu")) or "")
     for flag in ("avx512_bf16", "amx_bf16"):
         monkeypatch.setattr(Path, "read_text", lambda self, flag=flag: f"{flags} {flag}")
-        assert loop.bf16_refusal(torch.device("cpu")) is None
+        assert hardware.bf16_refusal(torch.device("cpu")) is None

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -31,6 +30,7 @@ from mpvg.data import Data, open_data
 from mpvg.runs import Run
 from mpvg.tasks import Scores, classification_loss, evaluate
 from mpvg.training import optimizer as optimizers
+from mpvg.training.hardware import OnItsWay, make_accelerator, place, start_tracker
 from mpvg.training.progress import Reporter
 from mpvg.training.stopping import Interrupted, Stop
 
@@ -103,7 +103,8 @@ class Trainer:
         self.run, self.config, self.data, self.accelerator = run, config, data, accelerator
         seed_everything(config.seed)
         model = runs.build_model(config, data.info, init=not runs.has_checkpoint(run.path))
-        optimizer = optimizers.build_optimizer(model.to(accelerator.device), config)
+        model = place(model, config, accelerator)
+        optimizer = optimizers.build_optimizer(model, config)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.schedule = optimizers.build_schedule(optimizer, config, len(data.train))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -115,7 +116,7 @@ class Trainer:
     @classmethod
     def of(cls, config: RunConfig, *, quiet: bool) -> "Trainer":
         """Makes everything a config asks for; nothing is written yet."""
-        accelerator = _accelerator(config)
+        accelerator = make_accelerator(config)
         threads = config.threads or torch.get_num_threads()
         torch.set_num_threads(threads)
         rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -125,13 +126,14 @@ class Trainer:
 
     @property
     def network(self) -> nn.Module:
-        """The model without the wrapper that several processes put around it."""
-        network: nn.Module = self.accelerator.unwrap_model(self.model)
+        """The model without the wrappers of several processes and of the compiler."""
+        network: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return network
 
     def run_to_end(self) -> dict[str, Any]:
         """Trains what is left and returns the summary."""
         epochs, steps = self.config.epochs, len(self.data.train)
+        start_tracker(self.accelerator, self.config)
         with self.stop, Reporter(epochs * steps, self.position.step, quiet=self.quiet) as reporter:
             config, went_on = self.config, f", from step {self.position.step}" if self.position.step else ""
             reporter.say(f"training {config.model} with {config.method} on {config.data} in {config.out}{went_on}")
@@ -139,12 +141,15 @@ class Trainer:
                 self.train_epoch(reporter)
                 values = self._evaluate()
                 reporter.epoch(values, epochs)
-                self._agree(0.0)  # a signal during the evaluation, which has no steps to stop at
+                self.accelerator.log(values, step=self.position.step)
+                # A signal during the evaluation, which has no steps to stop at.
+                self._heed(OnItsWay(self._agreed(torch.zeros((), device=self.accelerator.device))))
                 if self.stopped_by and self.position.epoch < epochs:
                     raise self._interrupted()
         summary = self._summary()
         if self.accelerator.is_main_process:
             runs.write_json(self.run.path / "summary.json", summary)
+        self.accelerator.end_training()
         return summary
 
     def restore(self) -> None:
@@ -187,27 +192,35 @@ class Trainer:
         self.position = Position(**state["position"])
 
     def train_epoch(self, reporter: Reporter) -> None:
-        """Runs the rest of the epoch in progress."""
+        """Runs the rest of the epoch in progress.
+
+        What a step says of itself is heeded when the next one is on its way, so that a GPU never waits for being read.
+        """
         here, batches = self.position, len(self.data.train)
         self.model.train()
         skipped_before = here.skipped - self.data.train.skipped
         begun, images_before = time.perf_counter(), here.images
+        last: OnItsWay | None = None
         for images, targets in self.data.train.epoch(here.epoch, here.batch):
-            loss = self._step(images, targets)
+            step = OnItsWay(self._step(images, targets))
+            if last:
+                self._heed(last)
             here.images += len(images) * self.accelerator.num_processes
             here.batch += 1
             here.step += 1
-            here.loss_sum += loss
             here.skipped = skipped_before + self.data.train.skipped
+            last = step
+            saves = self.stopped_by or (self.config.save_steps and here.step % self.config.save_steps == 0)
+            if saves or here.batch == batches:
+                self._heed(last)
+                last = None
             reporter.step(
                 here.epoch + 1,
                 here.step,
-                here.loss_sum / here.batch,
+                here.loss_sum / max(1, here.batch - bool(last)),
                 (here.images - images_before) / (time.perf_counter() - begun),
             )
-            if here.batch == batches:
-                continue  # the epoch's end saves
-            if self.stopped_by or (self.config.save_steps and here.step % self.config.save_steps == 0):
+            if saves and here.batch < batches:  # the epoch's end saves anyway
                 here.seconds += time.perf_counter() - begun
                 self._check_weights()
                 self._save(best=False)
@@ -216,20 +229,27 @@ class Trainer:
                 begun, images_before = time.perf_counter(), here.images
         here.seconds += time.perf_counter() - begun
 
-    def _agree(self, loss: float) -> float:
-        """The loss over all processes; what they also agree on is whether a signal stops them.
+    def _agreed(self, loss: Tensor) -> Tensor:
+        """The loss over all processes, and how many of them were asked to stop by Ctrl-C and by SIGTERM, `(3,)`.
 
         One that stopped alone would leave the others waiting for its gradients.
         """
-        self.stopped_by = self.stop.asked
+        asked, loss = self.stop.asked, loss.detach().double()
+        # Numbers that are filled in on the device: copied there, they would be waited for.
+        mine = torch.stack([loss, *(loss.new_full((), asked == number) for number in (signal.SIGINT, signal.SIGTERM))])
         if self.accelerator.num_processes > 1:
-            asked = self.stop.asked
-            mine = [loss, float(asked == signal.SIGINT), float(asked == signal.SIGTERM)]
-            there = torch.tensor(mine, dtype=torch.float64, device=self.accelerator.device)
-            total, interrupts, terminations = self.accelerator.reduce(there, "sum").tolist()
-            loss = total / self.accelerator.num_processes
-            self.stopped_by = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
-        return loss
+            mine = self.accelerator.reduce(mine, "sum")
+            mine[0] /= self.accelerator.num_processes
+        return mine
+
+    def _heed(self, said: OnItsWay) -> None:
+        """Takes in what the newest step that is counted has said: adds up its loss, refuses one that is no number."""
+        here = self.position
+        loss, interrupts, terminations = said.arrived()
+        self.stopped_by = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss} at step {here.step} (epoch {here.epoch + 1}, batch {here.batch})")
+        here.loss_sum += loss
 
     def _interrupted(self) -> Interrupted:
         """The end of a run that a signal stopped, once all of it is saved."""
@@ -241,8 +261,8 @@ class Trainer:
             128 + self.stopped_by,
         )
 
-    def _step(self, images: Tensor, targets: Tensor) -> float:
-        """One optimizer step; returns its loss."""
+    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One optimizer step; returns what `_agreed` makes of its loss."""
         here, config = self.position, self.config
         seed_everything(config.seed, here.epoch, here.batch, self.accelerator.process_index)
         self.schedule.set_rate(here.epoch, here.step)
@@ -255,12 +275,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.network)
-        value = self._agree(loss.item())
-        if not math.isfinite(value):
-            raise self._diverged(
-                f"the loss is {value} at step {here.step + 1} (epoch {here.epoch + 1}, batch {here.batch + 1})"
-            )
-        return value
+        return self._agreed(loss)
 
     def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Adds up the gradients of a batch, part by part; returns its loss."""
@@ -376,30 +391,6 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))  # timm's Mixup draws from the legacy generator
     random.seed(int(words[2]))
-
-
-def bf16_refusal(device: torch.device) -> str | None:
-    """Why bf16 makes no sense on a device; None where it does."""
-    if device.type == "cuda":
-        return None if torch.cuda.is_bf16_supported() else "this GPU has no bf16 arithmetic"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
-        return None
-    return "this CPU has neither avx512_bf16 nor amx_bf16, and emulates bf16 hundreds of times slower than fp32"
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch sees no GPU; give --device cpu")
-    if not torch.distributed.is_initialized():  # or the first run of this process decides for all that follow
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no"
-    )
-    reason = bf16_refusal(accelerator.device) if config.precision == "bf16" else None
-    if reason:
-        raise ValueError(f"precision is 'bf16', but {reason}; give --precision fp32")
-    return accelerator
 
 
 def _mixup(config: RunConfig, num_classes: int) -> Mixup | None:

@@ -179,3 +179,7 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values:
         saved | parts.get(f"group{index}", {}) | {"params": own["params"]} for index, (saved, own) in enumerate(pairs)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():  # files hold no strides; fused kernels want those of the parameter
+            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
