@@ -3,7 +3,7 @@
 The method is not part of a recipe: the paper runs Default, LaPE, PVG and MPVG with the same values, `--method` chooses.
 `batch_size` counts the images of all processes, whatever their number; on fewer or smaller GPUs `--accumulate N` goes
 through each process's share in N parts. The scores are the paper's top-1, for Default / LaPE / PVG / MPVG. Nothing here
-has been trained on ImageNet by this project yet: hours and memory are unmeasured.
+has been trained on ImageNet by this project yet: hours are unmeasured, memory is estimated (docs/scale.md).
 
 Where paper and repositories disagree (docs/reproduce.md has the whole list):
 
