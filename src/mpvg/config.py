@@ -59,7 +59,7 @@ class AugmentConfig:
     """Images from files: how a crop is resized; "random" draws bilinear or bicubic for each image."""
     pipeline: Literal["auto", "timm", "fast"] = "auto"
     """Who augments; auto: timm's transforms for files, the device for named sets; timm: timm for named sets, too; fast:
-    for folders, crop and flip in the worker, the rest on the device."""
+    for images from files, crop and flip in the worker, the rest on the device."""
     repeats: int = 1
     """Repeated augmentation: times that a drawn image stands in an epoch, which is no longer for it; 1: off."""
     hflip: float = 0.0
@@ -164,11 +164,11 @@ class LoaderConfig:
     """Where the data lie and how they are read."""
 
     root: str | None = None
-    """Folder that holds the data set's files; None: the usual places."""
+    """Folder that holds the data set's files, or takes those of a Hugging Face one; None: the usual places."""
     workers: int = 2
-    """Folders: processes that decode and augment; 0: none beside the main one."""
+    """Images from files: processes that decode and augment; 0: none beside the main one."""
     skip_corrupt: bool = False
-    """Folders: leave out images that cannot be read, and count them, instead of stopping."""
+    """Images from files: leave out images that cannot be read, and count them, instead of stopping."""
 
     def __post_init__(self) -> None:
         _check("loader.workers", self.workers, self.workers >= 0, "a whole number >= 0")
@@ -179,7 +179,8 @@ class RunConfig:
     """One complete training run."""
 
     data: str
-    """A data set's name, or a folder with train/ and val/ and a folder a class in each, or with tar files of them."""
+    """A data set's name, or a folder with train/ and val/ and a folder a class in each, or with tar files of them;
+    or hfds/<name or folder> of a Hugging Face data set."""
     model: str
     """A network's name."""
     method: dict[str, Any] | str = "mpvg"

@@ -63,13 +63,14 @@ def read(data: Data, epoch: int = 0, start: int = 0) -> list[tuple[Tensor, Tenso
 
 
 @every_form
+@pytest.mark.parametrize("pipeline", ["timm", "fast"])
 def test_archives_are_the_folder_they_were_made_of(
-    form: Callable[[Path, Path], None], image_folder: Path, tmp_path: Path, make_config: MakeConfig
+    pipeline: str, form: Callable[[Path, Path], None], image_folder: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
     """Order, augmentation and targets to the bit, from the middle of an epoch and with workers, too."""
     (root := tmp_path / "packed").mkdir()
     form(image_folder, root)
-    options = {"img_size": 32, "hflip": 0.5, "erase": 0.5}
+    options = {"img_size": 32, "hflip": 0.5, "erase": 0.5, "pipeline": pipeline}
     folder, packed = (open_data(make_config(path, **options), device=CPU) for path in (image_folder, root))
     assert packed.info == replace(folder.info, name=str(root))
     assert packed.info.class_names == ("a", "b", "c")
@@ -163,19 +164,19 @@ def test_what_cannot_be_read_is_refused(
         open_data(make_config(root, img_size=32), device=CPU)
 
 
+@pytest.mark.parametrize("pipeline", ["timm", "fast"])
+@pytest.mark.parametrize(("name", "content"), [("0.png", b"no image"), ("1.JPG", b"\xff\xd8\xff\xe0")])
+@pytest.mark.parametrize("split", ["train", "val"])
 def test_an_image_that_cannot_be_read_is_named_with_its_archive(
-    image_folder: Path, tmp_path: Path, make_config: MakeConfig
+    split: str, name: str, content: bytes, pipeline: str, image_folder: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
-    (image_folder / "val/a/0.png").write_bytes(b"no image")
+    (image_folder / split / "a" / name).write_bytes(content)
     (root := tmp_path / "packed").mkdir()
     as_one_tar(image_folder, root)
-    with pytest.raises(ValueError, match=r"image \./a/0\.png in \S*val\.tar cannot be read \(UnidentifiedImageError"):
-        read(open_data(make_config(root, img_size=32), device=CPU))
-    assert len(read(open_data(make_config(root, img_size=32, skip_corrupt=True), device=CPU)))
-
-
-def test_the_fast_pipeline_is_refused(image_folder: Path, tmp_path: Path, make_config: MakeConfig) -> None:
-    (root := tmp_path / "packed").mkdir()
-    as_one_tar(image_folder, root)
-    with pytest.raises(ValueError, match=r"augment\.pipeline is 'fast', which reads single files"):
-        open_data(make_config(root, img_size=32, pipeline="fast"), device=CPU)
+    options = {"img_size": 32, "pipeline": pipeline}
+    message = rf"image \./a/{name} in \S*{split}\.tar cannot be read \(UnidentifiedImageError"
+    with pytest.raises(ValueError, match=message):
+        read(open_data(make_config(root, **options), device=CPU))
+    data = open_data(make_config(root, skip_corrupt=True, **options), device=CPU)
+    assert len(read(data)) == 4
+    assert data.train.skipped + data.val.skipped == 1

@@ -92,6 +92,9 @@ def test_every_kind_of_image_is_decoded_to_pils_bits(tmp_path: Path, kind: str, 
     pixels = read_pixels(file)
     assert (pixels.shape, pixels.dtype) == ((3, 47, 61), torch.uint8)
     assert torch.equal(pixels, functional.pil_to_tensor(read_image(file)))
+    with open(file, "rb") as opened:
+        assert torch.equal(pixels, read_pixels(opened))
+    assert torch.equal(pixels, read_pixels(io.BytesIO(Path(file).read_bytes())))
 
 
 @pytest.mark.parametrize("oddity", ["bytes behind", "bytes inside", "turned", "png called jpg"])
@@ -108,6 +111,7 @@ def test_files_that_pil_reads_are_read(tmp_path: Path, oddity: str, decoder: str
     file = tmp_path / "odd.jpg"
     file.write_bytes(data)
     assert torch.equal(read_pixels(str(file)), functional.pil_to_tensor(read_image(str(file))))
+    assert torch.equal(read_pixels(str(file)), read_pixels(io.BytesIO(data)))
 
 
 @pytest.mark.parametrize("size", [16, 64])  # from the crops, smaller and larger
@@ -346,7 +350,7 @@ def test_what_cannot_be_done_on_batches_is_refused(open_fast: Opener, text: str)
 
 
 def test_named_sets_are_refused(make_config: Callable[..., RunConfig]) -> None:
-    message = r"augment\.pipeline is 'fast', which is for folders of images, .*allowed for it: 'auto', 'timm'"
+    message = r"augment\.pipeline is 'fast', which is for images from files, .*allowed for it: 'auto', 'timm'"
     with pytest.raises(ValueError, match=message):
         open_data(make_config("digits", pipeline="fast"), device=CPU)
 

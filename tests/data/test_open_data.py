@@ -246,7 +246,9 @@ def test_white_and_black_are_normalised_with_the_published_numbers(
 def test_unknown_name_suggests_the_nearest(make_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(ValueError, match=r"data 'cifar-10' is neither .* did you mean cifar10 .*allowed: digits"):
         open_data(make_config("cifar-10"), device=CPU)
-    with pytest.raises(ValueError, match=r"folder; allowed: digits, .*or the path of a folder with train/ and val/"):
+    with pytest.raises(
+        ValueError, match=r"allowed: digits, .*hfds/<Hugging Face data set>, or the path of a folder with"
+    ):
         open_data(make_config("qqqqqq"), device=CPU)
 
 

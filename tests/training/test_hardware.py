@@ -149,3 +149,18 @@ def test_sync_bn_is_refused_where_torch_has_none(tiny: MakeConfig) -> None:
 
 def test_numbers_on_their_way_arrive() -> None:
     assert hardware.OnItsWay(torch.tensor([1.5, 2.0], dtype=torch.float64)).arrived() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "cpu"), [("auto", False, True), ("auto", True, False), ("cpu", True, True)]
+)
+def test_without_a_gpu_accelerate_is_told_so(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, device: Any, there: bool, cpu: bool
+) -> None:
+    """Or it would see no other process under torchrun, and each would train alone in the same folder."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    stand_in = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(hardware, "Accelerator", lambda **given: (told.update(given), stand_in)[1])
+    hardware.make_accelerator(tiny(device=device))
+    assert told["cpu"] is cpu

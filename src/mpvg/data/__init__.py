@@ -1,4 +1,4 @@
-"""Files in, batches out: named sets that lie on the device as a whole, and folders of image files."""
+"""Files in, batches out: named sets that lie on the device as a whole, and images in folders, tar files or tables."""
 
 from mpvg.data.contract import Batches, Data, DataInfo
 from mpvg.data.images import read_image

@@ -7,7 +7,6 @@ image once, in any order, with any number of processes.
 import io
 import os
 import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -19,7 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mpvg.config import RunConfig
 from mpvg.data.contract import Data
-from mpvg.data.images import Labelled, describe_images, in_class_order, open_images, read_image
+from mpvg.data.files import LabelledFiles, open_files
+from mpvg.data.images import in_class_order
 
 
 def archives(root: str | Path, split: str) -> list[Path]:
@@ -31,17 +31,14 @@ def archives(root: str | Path, split: str) -> list[Path]:
 
 def open_archives(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
     """Lists what the tar files of a folder hold, and prepares to read it; arguments and errors as `open_data`."""
-    if config.augment.pipeline == "fast":
-        raise ValueError("augment.pipeline is 'fast', which reads single files; leave it out, or unpack the tar files")
     train, val = (_list(config.data, split) for split in ("train", "val"))
     names = _class_names(Path(config.data), {member.label for member in train})
     unknown = sorted({member.label for member in val} - names.keys())
     if unknown:
         raise ValueError(f"class {unknown[0]!r} is in val but not in train of {config.data}; add its training images")
     number = {label: target for target, label in enumerate(names)}
-    splits = [Labelled(Members.of(split), [number[member.label] for member in split]) for split in (train, val)]
-    info = describe_images(config, list(names.values()), *splits)
-    return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
+    splits = [LabelledFiles(Members.of(split), [number[member.label] for member in split]) for split in (train, val)]
+    return open_files(config, list(names.values()), *splits, device=device, rank=rank, world_size=world_size)
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Members:
-    """Images in tar files, as a source of images."""
+    """Image files in tar files, read in place."""
 
     names: "np.ndarray[Any, Any]"
-    """Archive and member, encoded; arrays for the reason that `Files` gives."""
+    """Archive and member, encoded; arrays for the reason that `Paths` gives."""
     places: "np.ndarray[Any, Any]"
     """Offset and size in bytes, `(N, 2)`."""
-    reader: Callable[[BinaryIO], Any] = read_image
 
     @classmethod
     def of(cls, members: list[Member]) -> "Members":
@@ -78,11 +74,11 @@ class Members:
         archive, member = self.names[index]
         return f"{os.fsdecode(member)} in {os.fsdecode(archive)}"
 
-    def read(self, index: int) -> Any:
+    def open(self, index: int) -> BinaryIO:
         offset, size = (int(value) for value in self.places[index])
         with open(os.fsdecode(self.names[index][0]), "rb") as archive:
             archive.seek(offset)
-            return self.reader(io.BytesIO(archive.read(size)))
+            return io.BytesIO(archive.read(size))
 
 
 def _list(root: str, split: str) -> list[Member]:

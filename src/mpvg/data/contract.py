@@ -15,7 +15,7 @@ class DataInfo:
     """JSON-safe facts of a data set."""
 
     name: str
-    """The set's name, or the folder as it was given."""
+    """The set's name or the folder, as it was given."""
     class_names: tuple[str, ...]
     """Names in the order of the targets."""
     in_chans: int

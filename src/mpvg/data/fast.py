@@ -1,10 +1,11 @@
-"""The fast pipeline for folders: workers decode, crop and flip in uint8, and the device augments whole batches."""
+"""The fast pipeline for image files: workers decode, crop and flip in uint8, and the device augments whole batches."""
 
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -41,8 +42,11 @@ def fast_training(config: RunConfig, info: DataInfo, device: torch.device) -> Tr
     return Training(Crop(config.augment, info.img_size), Finishing(augment, config.augment.repeats))
 
 
-def read_pixels(file: str) -> Tensor:
-    """Reads an image file whole, as RGB (3, H, W), uint8: the values, refusals and errors of `read_image`."""
+def read_pixels(file: str | BinaryIO) -> Tensor:
+    """Reads an image file whole, by name or opened at its beginning, as RGB (3, H, W), uint8.
+
+    The values, refusals and errors are those of `read_image`.
+    """
     pixels = _decode_jpeg(file)
     return functional.pil_to_tensor(read_image(file)) if pixels is None else pixels
 
@@ -100,15 +104,17 @@ def _simplejpeg() -> Any:
     return simplejpeg
 
 
-def _decode_jpeg(file: str) -> Tensor | None:
+def _decode_jpeg(file: str | BinaryIO) -> Tensor | None:
     """Decodes a JPEG in colour or grey with simplejpeg; None: it is not installed, or PIL is to judge the file."""
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
         return None
-    with open(file, "rb") as opened:
+    with open(file, "rb") if isinstance(file, str) else nullcontext(file) as opened:
+        # PIL reads the other kinds itself, so that of them no more than the beginning is read twice.
         if opened.read(len(_JPEG)) != _JPEG:
             return None
-        data = _JPEG + opened.read()
+        opened.seek(0)  # not `_JPEG + read()`, which would copy what is read
+        data = opened.read()
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         small = height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)

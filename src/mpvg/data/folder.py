@@ -1,7 +1,7 @@
 """Folders of image files: train/ and val/, a folder a class in each."""
 
 import os
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from mpvg.config import RunConfig
 from mpvg.data.contract import Data
-from mpvg.data.fast import fast_training, read_pixels
-from mpvg.data.images import Files, Labelled, describe_images, in_class_order, open_images, read_image
+from mpvg.data.files import LabelledFiles, open_files
+from mpvg.data.images import in_class_order
 
 
 def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
@@ -25,11 +25,31 @@ def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_siz
     class_names = _class_names(root / "train")
     train = _list_images(root / "train", class_names, class_names)
     val = _list_images(root / "val", _class_names(root / "val"), class_names)
-    fast = config.augment.pipeline == "fast"
-    splits = _labelled(train, read_pixels if fast else read_image), _labelled(val, read_image)
-    info = describe_images(config, class_names, *splits)
-    training = fast_training(config, info, device) if fast else None
-    return open_images(config, info, *splits, training=training, device=device, rank=rank, world_size=world_size)
+    splits = [LabelledFiles(Paths.of(split), [target for _, target in split]) for split in (train, val)]
+    return open_files(config, class_names, *splits, device=device, rank=rank, world_size=world_size)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Image files by their names."""
+
+    paths: "np.ndarray[Any, Any]"
+    """File names, encoded. An array: looking at a list's items writes their reference counts, and so each worker would
+    copy a million names."""
+
+    @classmethod
+    def of(cls, samples: list[tuple[str, int]]) -> "Paths":
+        """The files of a list of samples, file and target each."""
+        return cls(np.array([os.fsencode(path) for path, _ in samples]))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def open(self, index: int) -> str:
+        return self.name(index)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -60,11 +80,6 @@ def _list_images(folder: Path, present: list[str], class_names: list[str]) -> li
         kinds = ", ".join(IMG_EXTENSIONS)
         raise ValueError(f"class folder {str(folder / empty[0])!r} has no images ({kinds}); fill it or remove it")
     return samples
-
-
-def _labelled(samples: list[tuple[str, int]], reader: Callable[[str], Any]) -> Labelled:
-    paths = np.array([os.fsencode(path) for path, _ in samples])
-    return Labelled(Files(paths, reader), [target for _, target in samples])
 
 
 def _is_image(path: str) -> bool:

@@ -1,6 +1,5 @@
 """Images one by one, made into tensors by worker processes; random numbers by (seed, epoch, sample) only."""
 
-import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +49,7 @@ class Labelled:
     """A split: its images, and the target of each."""
 
     images: Source
-    targets: Sequence[int]
+    targets: "Sequence[int] | np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -209,26 +208,6 @@ class Samples(Dataset[Sample]):
             with _seeded(derive_seed("sample", self._seed, epoch, index)):
                 return self._transform(image), int(self._targets[place]), failure
         return None, 0, failure
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files."""
-
-    paths: "np.ndarray[Any, Any]"
-    """File names, encoded. An array: looking at a list's items writes their reference counts, and so each worker would
-    copy a million names."""
-    reader: Callable[[str], Any]
-    """Reads a file, in the form that the split's transform takes."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
-
-    def read(self, index: int) -> Any:
-        return self.reader(self.name(index))
 
 
 @dataclass(frozen=True)

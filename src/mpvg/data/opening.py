@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mpvg.config import RunConfig
-from mpvg.data import archives, folder, images, tensors
+from mpvg.data import archives, folder, hub, images, tensors
 from mpvg.data.contract import Data, DataInfo
 from mpvg.data.sources import DATASETS
 
@@ -24,11 +24,15 @@ def open_data(config: RunConfig, *, device: torch.device, rank: int = 0, world_s
         world_size: processes that share the data.
 
     Raises:
-        FileNotFoundError: the files of a named set, or the folder or a part of it, are missing.
+        FileNotFoundError: the files of a named set, or the folder or a part of it, are missing; or the hub has no such
+            set, or cannot be reached.
+        ModuleNotFoundError: an optional package that the data need is not installed.
         ValueError: the name is unknown, the files are damaged, or the config does not fit the data.
     """
     if config.data in DATASETS:
         return tensors.open_tensors(config, device=device, rank=rank, world_size=world_size)
+    if config.data.startswith(hub.PREFIX):
+        return hub.open_hub(config, device=device, rank=rank, world_size=world_size)
     if os.path.isdir(config.data) or os.sep in config.data:
         opened = archives.open_archives if archives.archives(config.data, "train") else folder.open_folder
         return opened(config, device=device, rank=rank, world_size=world_size)
@@ -36,7 +40,7 @@ def open_data(config: RunConfig, *, device: torch.device, rank: int = 0, world_s
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
         f"data {config.data!r} is neither a data set nor a folder; {hint}allowed: {', '.join(DATASETS)}, "
-        "or the path of a folder with train/ and val/"
+        f"{hub.PREFIX}<Hugging Face data set>, or the path of a folder with train/ and val/"
     )
 
 

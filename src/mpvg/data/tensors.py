@@ -34,7 +34,7 @@ def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_si
     )
     if config.augment.pipeline == "fast":
         raise ValueError(
-            f"augment.pipeline is 'fast', which is for folders of images, and {info.name} lies on the device already; "
+            f"augment.pipeline is 'fast', which is for images from files, and {info.name} lies on the device already; "
             "allowed for it: 'auto', 'timm'"
         )
     if config.augment.pipeline == "timm":

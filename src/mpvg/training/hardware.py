@@ -31,7 +31,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     compiling = TorchDynamoPlugin(backend=BACKEND, mode=config.compile) if config.compile else None
     accelerator = Accelerator(
-        cpu=config.device == "cpu",
+        # Without it accelerate sees no processes to join where there is no GPU, and each would train on its own.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         dynamo_plugin=compiling,
         log_with=config.tracker,

@@ -1,0 +1,126 @@
+"""Hugging Face data sets, as timm names them (`hfds/<name or folder>`): rows of tables that lie on disk.
+
+The tables are mapped into memory, not streamed, so that an epoch is drawn, shared out and continued as from single
+files. Only data are loaded: `datasets` itself refuses sets that come with a script.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from mpvg.config import RunConfig
+from mpvg.data.contract import Data
+from mpvg.data.files import LabelledFiles, open_files
+
+PREFIX = "hfds/"
+_VAL = ("validation", "val", "test")
+
+
+def open_hub(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
+    """Loads a Hugging Face data set, and prepares to read it; arguments and errors as `open_data`.
+
+    It is downloaded and unpacked once, into `loader.root`, or else to where `datasets` keeps its sets.
+    """
+    splits = _load(config)
+    held_out = next((split for split in _VAL if split in splits), None)
+    if "train" not in splits or held_out is None:
+        raise ValueError(
+            f"data {config.data!r} has the splits {', '.join(splits)}; "
+            f"needed: train, and one of {', '.join(_VAL)}; rename its own, or add what is missing"
+        )
+    names, numbers = _classes(config.data, splits["train"])
+    train, val = (_labelled(config.data, split, splits[split], numbers) for split in ("train", held_out))
+    return open_files(config, names, train, val, device=device, rank=rank, world_size=world_size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Image files in the rows of a table, undecoded."""
+
+    table: Any
+    """`datasets.Dataset` of the one column `image`. Its bytes lie in mapped files, which all workers share."""
+    where: str
+    """What messages call the table."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, index: int) -> str:
+        return f"in row {index} of {self.where}"
+
+    def open(self, index: int) -> str | BinaryIO:
+        image = self.table[index]["image"] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            return io.BytesIO(image["bytes"])
+        if image["path"] is None:
+            raise ValueError("it has neither bytes nor a path")
+        path: str = image["path"]
+        return path
+
+
+def _load(config: RunConfig) -> Any:
+    """The data set's splits by name, `datasets.DatasetDict`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModuleNotFoundError(f"data {config.data!r} needs datasets ({error}); pip install 'mpvg[data]'") from error
+    try:
+        return datasets.load_dataset(config.data.removeprefix(PREFIX), cache_dir=config.loader.root)
+    except Exception as error:  # it reads files of many formats, and raises whatever their readers raise
+        missing = isinstance(error, FileNotFoundError | ConnectionError)
+        raise (FileNotFoundError if missing else ValueError)(
+            f"data {config.data!r} cannot be loaded ({type(error).__name__}: {error}); allowed: {PREFIX}<name> of a "
+            f"set on the Hugging Face hub (offline: one that was loaded before), or {PREFIX}<folder> that holds one"
+        ) from error
+
+
+def _classes(data: str, table: Any) -> "tuple[list[str], np.ndarray[Any, Any]]":
+    """Names of the classes and the labels that stand for them, both in the order of the targets."""
+    from datasets import ClassLabel, Image
+
+    features = table.features
+    for column in ("image", "label"):
+        if column not in features:
+            raise ValueError(
+                f"data {data!r} has no column {column!r}, but {', '.join(features)}; "
+                f"rename the right one to {column!r} (`rename_column` of datasets) and write it anew"
+            )
+    if not isinstance(features["image"], Image):
+        raise ValueError(
+            f"column 'image' of data {data!r} holds {features['image']}, not images; "
+            "cast it (`cast_column('image', datasets.Image())`) and write it anew"
+        )
+    if isinstance(features["label"], ClassLabel):
+        names = list(features["label"].names)
+        return names, np.arange(len(names))
+    numbers = np.unique(_labels(data, "train", table))
+    return [str(number) for number in numbers], numbers
+
+
+def _labels(data: str, split: str, table: Any) -> "np.ndarray[Any, Any]":
+    """The labels of a split `(N,)`, as they are stored."""
+    column = table.data.column("label")
+    labels: np.ndarray[Any, Any] = column.to_numpy()
+    if column.null_count or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"column 'label' of split {split!r} of data {data!r} holds {table.features['label']}, "
+            f"{column.null_count} of {len(column)} empty; allowed: a ClassLabel or whole numbers, in every row"
+        )
+    return labels
+
+
+def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]") -> LabelledFiles:
+    from datasets import Image
+
+    labels = _labels(data, split, table)
+    unknown = np.setdiff1d(labels, numbers)
+    if len(unknown):
+        raise ValueError(
+            f"label {unknown[0]} is in split {split!r} of data {data!r}, but is not among the {len(numbers)} classes; "
+            "give every row one of them, or leave the row out"
+        )
+    images = table.select_columns("image").cast_column("image", Image(decode=False))
+    return LabelledFiles(Rows(images, f"{split} of {data}"), np.searchsorted(numbers, labels))
