@@ -73,11 +73,11 @@ def main() -> int:
     return report(result)
 
 
-def make_folder(folder: Path, count: int) -> float:
+def make_folder(folder: Path, count: int, val: int = 1) -> float:
     """Writes train/ and val/ and returns the mean size of a training image in bytes."""
     rng = np.random.default_rng(0)
     digits = SOURCES["digits"].read(None).train.images[:, 0].numpy()
-    for split, number in (("train", count), ("val", 1)):
+    for split, number in (("train", count), ("val", val)):
         (folder / split / "a").mkdir(parents=True)
         for n in range(number):
             make_photograph(rng, digits).save(folder / split / "a" / f"{n}.jpg", quality=90)

@@ -15,7 +15,7 @@ from mpvg.config import RunConfig, unknown
 from mpvg.recipes import recipe
 
 if TYPE_CHECKING:
-    from mpvg.analysis import Count, Support
+    from mpvg.analysis.networks import Count, Support
 
 USAGE = """\
 usage: mpvg VERB [options]     mpvg VERB --help says more
@@ -27,6 +27,7 @@ usage: mpvg VERB [options]     mpvg VERB --help says more
   methods    the methods, as a table
   runs       list run folders, with their state
   plot       draw the curves of several runs
+  analyze    what position embeddings do inside runs: numbers, figures and report.html
   demo       train and compare a few methods; ends with a table and report.html
 
 A first run:  mpvg train --data digits --method mpvg --epochs 2 --seed 0 --out RUN
@@ -170,6 +171,8 @@ def _explain(message: str, base: RunConfig) -> str:
 
 
 def _print_summary(summary: dict[str, Any], path: str) -> None:
+    if os.environ.get("RANK", "0") != "0":  # torchrun's: one of several processes speaks
+        return
     ema = f", ema {100 * summary['ema_accuracy']:.2f} %" if "ema_accuracy" in summary else ""
     print(
         f"done: accuracy {100 * summary['accuracy']:.2f} % (best {100 * summary['best_accuracy']:.2f} %{ema}), "
@@ -243,13 +246,13 @@ def _inspect(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if given.table == (given.model is not None):
         parser.error("give the name of a network, or --table and no name")
-    from mpvg import analysis
+    from mpvg.analysis import networks
     from mpvg.delivery import describe
 
     if given.table:
-        return _print_counts(analysis.parameter_table())
+        return _print_counts(networks.parameter_table())
     size = {"num_classes": given.num_classes, "img_size": given.img_size, "in_chans": given.in_chans}
-    found = analysis.inspect(given.model, _method(given.method), **size)
+    found = networks.inspect(given.model, _method(given.method), **size)
     channels, height, width = found.image
     print(f"{given.model} with {given.method}, {channels} x {height} x {width}, {given.num_classes} classes")
     print(f"  parameters  {found.parameters:,} ({found.delivery_parameters:,} of them LN')")
@@ -287,7 +290,7 @@ def _methods(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mpvg methods", description="Prints the methods as a table.")
     parser.add_argument("--networks", action="store_true", help="which network runs which method, as Markdown")
     if parser.parse_args(arguments).networks:
-        from mpvg.analysis import support_table
+        from mpvg.analysis.networks import support_table
 
         print(support_markdown(support_table()))
         return 0
@@ -360,6 +363,37 @@ def _plot(arguments: list[str]) -> int:
     return 0
 
 
+def _analyze(arguments: list[str]) -> int:
+    text = "What position embeddings do inside runs, beside the networks that their training began with."
+    parser = argparse.ArgumentParser(prog="mpvg analyze", description=text)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders; those that differ in the seed only go together"
+    )
+    parser.add_argument("--data", help="another folder or set with the same classes (default: the run's own)")
+    parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly (default: 1000)")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (default: last)")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
+    parser.add_argument(
+        "--beyond",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="also change PE, position and size of so many images: some hundred passes (default: 0)",
+    )
+    parser.add_argument("--out", default="report", help="folder of report.html and all else (default: report)")
+    given = parser.parse_args(arguments)
+    from mpvg.analysis.report import Options, analyze
+
+    options = Options(data=given.data, images=given.images, which=given.checkpoint, ema=given.ema, beyond=given.beyond)
+    made = analyze(given.runs, Path(given.out), options)
+    for name, sentences in made.said.items():
+        print(f"{name}:", *sentences, sep="\n  ")
+    for run, reason in made.problems.items():
+        print(f"mpvg: warning: {run} is left out: {reason}", file=sys.stderr)
+    print(f"\nreport: {made.page}")
+    return 0
+
+
 def _method(text: str) -> Any:
     """A method's name, or a spec's fields as JSON."""
     if not text.lstrip().startswith("{"):
@@ -378,5 +412,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "methods": _methods,
     "runs": _runs,
     "plot": _plot,
+    "analyze": _analyze,
     "demo": _demo,
 }

@@ -1,14 +1,22 @@
-"""All drawing: learning curves, correlations, and what receives what."""
+"""All drawing: curves, heatmaps, overlays, and what receives what."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
+from matplotlib.rcsetup import cycler
 
 matplotlib.use("Agg")
 # The same numbers give the same file: no date, no random identifiers, text as text.
 matplotlib.rcParams.update({"svg.hashsalt": "mpvg", "svg.fonttype": "none", "font.size": 10, "axes.grid": True})
 matplotlib.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+
+# Colours that are told apart with any kind of colour vision: Okabe and Ito's, and maps without red beside green.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+matplotlib.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
+SIGNED, UNSIGNED = "PuOr", "viridis"
 
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.figure import Figure  # noqa: E402
@@ -19,7 +27,14 @@ Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def lines(
-    curves: Curves, title: str, x: str, y: str, *, first: int = 0, ticks: Mapping[int, str] | None = None
+    curves: Curves,
+    title: str,
+    x: str,
+    y: str,
+    *,
+    first: int = 0,
+    ticks: Mapping[int, str] | None = None,
+    dashed: Container[str] = (),
 ) -> Figure:
     """Draws the mean of each line over its repetitions, and their range as a band.
 
@@ -30,12 +45,15 @@ def lines(
         y: label of the vertical axis.
         first: where the first value stands on the horizontal axis.
         ticks: names of places on the horizontal axis, where they are no numbers.
+        dashed: lines that are controls.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
     for name, repetitions in curves.items():
         columns = list(zip(*repetitions, strict=True))
         places = range(first, first + len(columns))
-        (line,) = axes.plot(places, [sum(c) / len(c) for c in columns], label=name, marker="o" if ticks else None)
+        means = [sum(c) / len(c) for c in columns]
+        marker, style = "o" if ticks else None, "--" if name in dashed else "-"
+        (line,) = axes.plot(places, means, label=name, marker=marker, linestyle=style)
         axes.fill_between(
             places, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
         )
@@ -47,6 +65,97 @@ def lines(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+class Panel(NamedTuple):
+    """A column of Fig. 2."""
+
+    name: str
+    tokens: Any
+    """Mean over images of the tokens behind the LN, `(N, C)`."""
+    pe: Any
+    """What they are compared with, `(N, C)`."""
+    r: float
+    delivered: bool
+
+
+def heatmaps(panels: Sequence[Panel], title: str) -> Figure:
+    """Draws tokens above the PE of every layer, patches by channels (Figs. 2 and 8); one scale a row of panels."""
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(1.25 * len(panels) + 1.2, 4.4), layout="constrained", squeeze=False
+    )
+    for row, (kind, values) in enumerate((("tokens", [p.tokens for p in panels]), ("PE", [p.pe for p in panels]))):
+        limit = max(float(np.quantile(np.abs(np.asarray(value)), 0.995)) for value in values)
+        for place, value in zip(axes[row], values, strict=True):
+            image = place.imshow(value, aspect="auto", cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
+            place.set(xticks=[], yticks=[])
+            place.grid(visible=False)
+        axes[row, 0].set_ylabel(f"{kind}\npatches")
+        figure.colorbar(image, ax=axes[row], pad=0.005, fraction=0.02)
+    for place, panel in zip(axes[0], panels, strict=True):
+        place.set_title(f"{panel.name}\nr {panel.r:+.2f}", fontsize=9)
+    for place, panel in zip(axes[1], panels, strict=True):
+        place.set_xlabel("channels" if panel.delivered else "channels\n(raw PE)", fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def norm_maps(rows: Sequence[tuple[str, Any, Any]], title: str) -> Figure:
+    """Draws an image and, over it, the norm of every token (Fig. 7); one scale for each kind of norm, over all rows.
+
+    Args:
+        rows: name, image `(H, W)` or `(H, W, 3)` in [0, 1], and maps by name, each `(h, w)`.
+        title: above them.
+    """
+    kinds = list(rows[0][2])
+    figure, axes = plt.subplots(
+        len(rows),
+        1 + len(kinds),
+        figsize=(2.1 * (1 + len(kinds)), 2.1 * len(rows) + 0.5),
+        layout="constrained",
+        squeeze=False,
+    )
+    ranges = {k: (min(m[k].min() for _, _, m in rows), max(m[k].max() for _, _, m in rows)) for k in kinds}
+    for line, (name, image, maps) in zip(axes, rows, strict=True):
+        size = (0, np.asarray(image).shape[1], np.asarray(image).shape[0], 0)
+        for place in line:
+            place.imshow(image, cmap="gray", extent=size)
+            place.set(xticks=[], yticks=[])
+            place.grid(visible=False)
+        line[0].set_ylabel(name, fontsize=8)
+        for place, kind in zip(line[1:], kinds, strict=True):
+            low, high = ranges[kind]
+            drawn = place.imshow(maps[kind], cmap=UNSIGNED, vmin=low, vmax=high, alpha=0.7, extent=size)
+            place.set_title(kind if line is axes[0] else "", fontsize=9)
+            if line is axes[-1]:
+                figure.colorbar(drawn, ax=place, orientation="horizontal", fraction=0.06)
+    figure.suptitle(title)
+    return figure
+
+
+def side_by_side(panels: Mapping[str, Curves], x: str, y: str, *, ticks: Mapping[int, str] | None = None) -> Figure:
+    """Draws several sets of lines beside each other, on one vertical scale; means over repetitions.
+
+    Args:
+        panels: title -> lines.
+        x: label of the horizontal axes.
+        y: label of the vertical axis.
+        ticks: names of places on the horizontal axes, where they are no numbers.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(max(6.4, 3.6 * len(panels)), 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for place, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, repetitions in curves.items():
+            means = np.mean(np.asarray(repetitions, dtype=float), axis=0)
+            place.plot(means, label=name, marker="o" if ticks else None, linewidth=1)
+        place.set(title=title, xlabel=x)
+        if ticks:
+            place.set_xticks(list(ticks), list(ticks.values()))
+    axes[0, 0].set_ylabel(y)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -86,5 +195,6 @@ def delivery_diagram(rows: Sequence[tuple[str, str]], readout: str, title: str, 
 def save(figure: Figure, *paths: Path) -> None:
     """Writes a figure to files, whose endings choose the format, and closes it; same figure, same bytes."""
     for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
+        figure.savefig(path, dpi=150, metadata={dated: None} if dated else None)
     plt.close(figure)

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -75,6 +77,15 @@ class Run:
         model = build_model(self.config, self.info)
         load_weights(model, file)
         return model.eval()
+
+    def untrained(self) -> nn.Module:
+        """The network that the training began with, in evaluation mode: the control of every analysis.
+
+        Raises:
+            FileNotFoundError: it began from a checkpoint that is gone.
+        """
+        seed_everything(self.config.seed)
+        return build_model(self.config, self.info, init=True).eval()
 
     def preprocess(self) -> Callable[[Image.Image], Tensor]:
         """An image to the `(C, H, W)` tensor that evaluation gives the network; needs no data set."""
@@ -185,6 +196,14 @@ def build_model(config: RunConfig, info: DataInfo, *, init: bool = False) -> nn.
         drop_path_rate=network.drop_path,
         **options,
     )
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds every generator that a step draws from by a few whole numbers."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))  # timm's Mixup draws from the legacy generator
+    random.seed(int(words[2]))
 
 
 def start(config: RunConfig, info: DataInfo) -> Run:

@@ -11,14 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from mpvg import runs, training
-from mpvg.analysis import position_correlation
+from mpvg.analysis import report
 from mpvg.config import RunConfig
 from mpvg.recipes import recipe
 
@@ -198,59 +197,30 @@ def _report(
     sentence: str,
     out: Path,
 ) -> Path:
-    """Draws the figures and writes the page, with nothing to fetch from elsewhere."""
+    """Writes the report of all runs, with the comparison and the learning curves above the analysis."""
     from mpvg import figures
 
     curves = {
         f"{arm.label} ({arm.epochs} epochs)": [[100 * line["accuracy"] for line in run.metrics()] for run in repeated]
         for arm, repeated in folders.items()
     }
-    drawn = {
-        "curves": figures.lines(curves, f"Learning curves on {data}", "epoch", "test accuracy, %", first=1),
-        "correlation": _correlation_figure(data, folders),
-    }
-    pictures = []
-    for name, figure in drawn.items():
-        figures.save(figure, out / f"{name}.svg", out / f"{name}.png")
-        svg = (out / f"{name}.svg").read_text()
-        pictures.append(svg[svg.index("<svg") :])
+    drawn = figures.lines(curves, f"Learning curves on {data}", "epoch", "test accuracy, %", first=1)
+    figures.save(drawn, out / "curves.svg", out / "curves.png")
+    svg = (out / "curves.svg").read_text()
     summary = next(iter(results.values()))[0]
     head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(results))
     made = f"commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, {summary['date'][:10]}"
-    page = _PAGE.format(
-        title=f"mpvg demo: {escape(data)}",
+    front = _FRONT.format(
         sentence=escape(sentence),
         head=head,
         body=body,
         model=escape(base.model),
-        pictures="\n".join(f"<figure>{picture}</figure>" for picture in pictures),
+        curves=svg[svg.index("<svg") :],
         made=escape(made),
     )
-    path = out / "report.html"
-    path.write_text(page)
-    return path
-
-
-def _correlation_figure(data: str, folders: dict[Arm, list[runs.Run]]) -> Any:
-    """Fig. 4 for every arm and for the network before training, on the validation images."""
-    from mpvg import figures
-
-    any_run = next(iter(folders.values()))[0]
-    batches = any_run.data(torch.device("cpu")).val.epoch()
-    images, _ = next(batches)
-    series = {}
-    for arm, repeated in folders.items():
-        series[f"{arm.label} ({arm.epochs} epochs)"] = [position_correlation(run.model(), images) for run in repeated]
-    untrained = []
-    for run in folders[next(iter(folders))]:
-        training.seed_everything(run.config.seed)
-        untrained.append(position_correlation(runs.build_model(run.config, run.info), images))
-    series["GAP, untrained"] = untrained
-    depth = len(untrained[0]) - 1
-    ticks = {layer: str(layer) for layer in range(depth)} | {depth: "Last LN"}
-    title = f"Correlation of tokens and position embedding on {data}"
-    return figures.lines(series, title, "layer", "r(mean token, PE)", ticks=ticks)
+    analysed = [report.analyse_run(run, report.Options()) for repeated in folders.values() for run in repeated]
+    return report.write(out, analysed, {}, title=f"mpvg demo: {data}", front=front).page
 
 
 @dataclass(frozen=True)
@@ -341,27 +311,10 @@ def plot_runs(roots: Sequence[Path], key: str, file: Path) -> None:
     figures.save(figures.lines(cut, key, "epoch", key, first=1), file)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-figure {{ margin: 2rem 0 }}
-svg {{ max-width: 100%; height: auto }}
-small {{ color: #666 }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{sentence}</p>
+_FRONT = """<p>{sentence}</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <p>{model}; accuracy and NLL on the test images after the last epoch; images/s of training on one thread, with as many
 runs at a time as there are cores. A band is the range over the seeds.</p>
-{pictures}
-<p>The second figure is the paper's Fig. 4: the Pearson correlation, over all tokens and channels, between the mean
-token behind a layer's LN and the position embedding which that layer receives. GAP's layers receive none; for them it
-is the raw one. The untrained network is the control: its tokens contain the position embedding added to them.</p>
+<figure>{curves}</figure>
 <p><small>{made}</small></p>
-</body></html>
 """

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from mpvg.analysis import SUPPORTED, Support, support_table
+from mpvg.analysis.networks import SUPPORTED, Support, support_table
 from mpvg.delivery import METHODS
 from mpvg.models import create_model, load_checkpoint, model_names
 from mpvg.models.fold import fold

@@ -88,7 +88,7 @@ def test_the_average_follows_the_weights_with_the_decay_that_was_asked_for(tiny:
     config = tiny(epochs=1, batch_size=50, ema_decay=0.75)  # one step
     train(config, quiet=True)
     run = runs.load(config.out)
-    loop.seed_everything(config.seed)
+    runs.seed_everything(config.seed)
     start = runs.build_model(run.config, run.info).state_dict()
     weights, average = run.model().state_dict(), run.model(ema=True).state_dict()
     assert any(not torch.equal(start[name], weights[name]) for name in start)
@@ -595,7 +595,7 @@ def test_a_step_is_what_it_says(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(loop.Trainer, "_step", lambda s, *batch: batches.append(batch) or step(s, *batch))
     train(config, quiet=True)
     run = runs.load(config.out)
-    loop.seed_everything(config.seed)
+    runs.seed_everything(config.seed)
     model = runs.build_model(run.config, run.info).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     ((images, targets),) = batches

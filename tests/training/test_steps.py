@@ -55,7 +55,7 @@ def test_frozen_parameters_stay_and_the_rest_learns(tiny: MakeConfig) -> None:
     )
     train(config, quiet=True)
     run = runs.load(config.out)
-    loop.seed_everything(config.seed)
+    runs.seed_everything(config.seed)
     start, end = runs.build_model(run.config, run.info).state_dict(), weights(config)
     for key, value in start.items():
         frozen = key.startswith("blocks.0.") or key == "pos_embed"

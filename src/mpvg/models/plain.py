@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
 from mpvg.models.checkpoints import Layout
+from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible
 
 POS_STD = 0.02
@@ -69,6 +70,8 @@ class DeliveredVisionTransformer(VisionTransformer):
     )
     """How checkpoints of the original repositories name their tensors, where it is not as here."""
 
+    probe: Probe | None = None
+    """Shown what the layers and the Last LN work on."""
     spec: DeliverySpec
     """The method as this network runs it."""
     delivery: PositionDelivery
@@ -232,8 +235,11 @@ class DeliveredVisionTransformer(VisionTransformer):
             x, kept = patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, self.training)
         x = self.norm_pre(x)
         taken = []
-        for layer, (block, pe) in enumerate(islice(zip(self.blocks, delivered.per_layer, strict=True), stop)):
+        blocks: Any = self.blocks
+        for layer, (block, pe) in enumerate(islice(zip(blocks, delivered.per_layer, strict=True), stop)):
             pe = self._rows_kept(pe, kept)
+            if self.probe is not None:
+                self.probe.layer(layer, x, block.norm1(x), pe)
             if self.grad_checkpointing:
                 x = checkpoint(block, x, attn_mask, is_causal, pe)
             else:
@@ -243,8 +249,10 @@ class DeliveredVisionTransformer(VisionTransformer):
         return x, self._rows_kept(delivered.last, kept), taken
 
     def _last_norm(self, x: Tensor, last: Tensor | None) -> Tensor:
-        x = self.norm(x)
-        return x if last is None else x + last  # Eq. (11); without `last`, Eq. (4)
+        normed = self.norm(x)
+        if self.probe is not None:
+            self.probe.last(x, normed, last)
+        return normed if last is None else normed + last  # Eq. (11); without `last`, Eq. (4)
 
     def _resampled(self, pos: Tensor, grid: tuple[int, int], old: tuple[int, int] | None = None) -> Tensor:
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
 from mpvg.models.checkpoints import Layout
+from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
 
 POS_STD = 0.02
@@ -105,6 +106,8 @@ class DeliveredSwinTransformer(SwinTransformer):
     may_be_new = ("pos_embed",)
     """What a checkpoint may lack: the released networks have no absolute PE."""
 
+    probe: Probe | None = None
+    """Shown what the layers and the Last LN work on."""
     spec: DeliverySpec
     """The method as this network runs it."""
     delivery: StagedDelivery
@@ -269,20 +272,24 @@ class DeliveredSwinTransformer(SwinTransformer):
         if self.spec.input_pe:
             x = x + pos.unflatten(1, x.shape[1:3])  # Eqs. (1), (8); LaPE leaves it out, Eq. (5)
         delivered = self.deliver(pos, grid)
-        per_layer = iter(delivered.per_layer)
+        per_layer = enumerate(delivered.per_layer)
         taken = []
         for index, stage in enumerate(islice(self.layers, stop)):
             x = stage.downsample(x)
             for block in stage.blocks:
-                pe = next(per_layer)
+                layer, pe = next(per_layer)
+                if self.probe is not None:
+                    self.probe.layer(layer, x, block.norm1(x), pe)
                 x = checkpoint(block, x, pe) if stage.grad_checkpointing else block(x, pe)
             if index in take:
                 taken.append(x)
         return x, delivered.last, taken
 
     def _last_norm(self, x: Tensor, last: Tensor | None) -> Tensor:
-        x = self.norm(x)
-        return x if last is None else x + last.unflatten(1, x.shape[1:3])  # Eq. (11); without `last`, Eq. (4)
+        normed = self.norm(x)
+        if self.probe is not None:
+            self.probe.last(x, normed, last)
+        return normed if last is None else normed + last.unflatten(1, x.shape[1:3])  # Eq. (11); without `last`, Eq. (4)
 
     def _resampled(self, grid: tuple[int, int], old: tuple[int, int]) -> Tensor:
         return resample_abs_pos_embed(self.pos_embed, list(grid), list(old), num_prefix_tokens=0)

@@ -2,6 +2,5 @@
 
 from mpvg.training.loop import NonFiniteLoss as NonFiniteLoss
 from mpvg.training.loop import resume as resume
-from mpvg.training.loop import seed_everything as seed_everything
 from mpvg.training.loop import train as train
 from mpvg.training.stopping import Interrupted as Interrupted

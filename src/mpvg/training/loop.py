@@ -7,7 +7,6 @@ interrupted anywhere therefore continues with the same bits, and no generator's 
 
 import contextlib
 import math
-import random
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -101,7 +99,7 @@ class Trainer:
     def __init__(self, run: Run, data: Data, accelerator: Accelerator, *, quiet: bool) -> None:
         config = run.config
         self.run, self.config, self.data, self.accelerator = run, config, data, accelerator
-        seed_everything(config.seed)
+        runs.seed_everything(config.seed)
         model = runs.build_model(config, data.info, init=not runs.has_checkpoint(run.path))
         model = place(model, config, accelerator)
         optimizer = optimizers.build_optimizer(model, config)
@@ -264,7 +262,7 @@ class Trainer:
     def _step(self, images: Tensor, targets: Tensor) -> Tensor:
         """One optimizer step; returns what `_agreed` makes of its loss."""
         here, config = self.position, self.config
-        seed_everything(config.seed, here.epoch, here.batch, self.accelerator.process_index)
+        runs.seed_everything(config.seed, here.epoch, here.batch, self.accelerator.process_index)
         self.schedule.set_rate(here.epoch, here.step)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
@@ -383,14 +381,6 @@ def _check_unchanged(run: Run, digest: str) -> None:
             f"{run.path / 'config.yaml'} was changed since the run was saved (config {digest}, now "
             f"{run.config.digest()}); undo the change to resume, or train a new run with another --out"
         )
-
-
-def seed_everything(*key: int) -> None:
-    """Seeds every generator that a step draws from by a few whole numbers."""
-    words = np.random.SeedSequence(key).generate_state(3)
-    torch.manual_seed(int(words[0]))
-    np.random.seed(int(words[1]))  # timm's Mixup draws from the legacy generator
-    random.seed(int(words[2]))
 
 
 def _mixup(config: RunConfig, num_classes: int) -> Mixup | None:

@@ -1,10 +1,9 @@
-"""What position embeddings do inside a network, and what a network costs."""
+"""What a network costs under a method, and which networks run which methods."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method
@@ -147,53 +146,3 @@ def support_table() -> dict[str, dict[str, Support]]:
             earlier = first.setdefault(model.spec, method)
             table[method][column] = Support(same_as=None if earlier is method else earlier)
     return table
-
-
-@torch.inference_mode()
-def position_correlation(model: nn.Module, images: Tensor) -> list[float]:
-    """Pearson correlation between the tokens and the PE that each layer and the Last LN receive (Fig. 4).
-
-    For layer l it is r(mean over images of LN_l(x_l), PE_l) over all patch tokens and channels, where PE_l is what the
-    method delivers to the layer: LN'_l(pos_{l-1}) under PVG and MPVG. Where nothing is delivered PE_l is the raw PE, so
-    that methods without layer-wise delivery can be drawn beside the others.
-
-    Args:
-        model: a network of this package, not folded.
-        images: preprocessed images `(B, C, H, W)`.
-
-    Returns:
-        One value in [-1, 1] a layer, and one for the Last LN where it normalises tokens (not in CeiT).
-
-    Raises:
-        ValueError: a stage of a staged network receives nothing, and the raw PE is of another stage.
-    """
-    network: Any = model.eval()
-    seen: list[Tensor] = []
-    norms = [*(block.norm1 for block in network.blocks), network.norm]
-    handles = [norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for norm in norms]
-    try:
-        network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    pos = network.position()
-    delivered = network.deliver(pos)
-    values = []
-    for tokens, pe in zip(seen, [*delivered.per_layer, delivered.last], strict=True):
-        if tokens.ndim == 2:  # the one vector that CeiT reads out
-            continue
-        mean, pe = tokens.mean(dim=0).flatten(0, -2), pos if pe is None else pe
-        # Rows are counted from the end: prefix tokens come first, and not every PE has a row for them.
-        patches = len(mean) - getattr(network, "num_prefix_tokens", 0)
-        if pe.shape[1:] != (len(mean), mean.shape[1]) and pe.shape[1:] != (patches, mean.shape[1]):
-            raise ValueError(
-                f"{type(network).__name__} delivers nothing where tokens are {tuple(mean.shape)}, and the raw "
-                f"PE is {tuple(pe.shape[1:])}; use a method that serves every layer and the Last LN, such as mpvg"
-            )
-        values.append(_pearson(mean[-patches:], pe[0, -patches:]))
-    return values
-
-
-def _pearson(a: Tensor, b: Tensor) -> float:
-    stacked = torch.stack([a.flatten().double(), b.flatten().double()])
-    return float(torch.corrcoef(stacked)[0, 1])

@@ -1,0 +1,1 @@
+"""What position embeddings do inside a network, and what a network costs."""

@@ -1,0 +1,250 @@
+"""`mpvg analyze`, from run folders to files: what is written, what it says, and what it does with bad input."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpvg import cli, runs
+from mpvg.analysis import report, sentences
+from mpvg.analysis.findings import Analysed, Findings, Value
+from mpvg.analysis.report import Options
+from mpvg.analysis.statistics import Interval
+from mpvg.saving import read_metrics
+
+
+@pytest.fixture(scope="session")
+def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of all three runs."""
+    out = tmp_path_factory.mktemp("report")
+    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], out, Options(beyond=40))
+    return out
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def test_all_numbers_and_figures_are_written(written: Path) -> None:
+    found = results(written)
+    assert [Path(one["run"]).name for one in found["runs"]] == ["mpvg-0", "mpvg-1", "gap-0"]
+    assert [one["group"] for one in found["runs"]] == ["mpvg", "mpvg", "gap"]
+    assert found["problems"] == {}
+    for one in found["runs"]:
+        assert [place["name"] for place in one["trained"]["places"]] == ["0", "1", "2", "3", "Last LN"]
+        assert one["trained"]["images"] == 360
+    with (written / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 5  # runs, trained and untrained, places
+    places = found["runs"][0]["trained"]["places"]
+    assert [float(row["r"]) for row in rows[:5]] == [place["r"]["value"] for place in places]
+    assert [row["delivered"] for row in rows[:5]] == ["False", "True", "True", "True", "True"]
+    names = {path.name for path in (written / "figures").iterdir()}
+    drawn = [
+        "fig2-0-mpvg-0",
+        "fig2-1-gap-0",
+        "fig4",
+        "fig6",
+        "fig6-rows",
+        "fig7",
+        "importance",
+        "pe-frequency",
+        "pe-rank",
+    ]
+    assert names == {f"{name}.{kind}" for name in (*drawn, "resolutions", "translation") for kind in ("png", "pdf")}
+
+
+def test_the_accuracy_is_that_of_the_run(trained: Path, written: Path) -> None:
+    """All 360 images are fewer than the 1,000 that are asked for."""
+    for one in results(written)["runs"]:
+        assert one["trained"]["accuracy"] == read_metrics(trained / Path(one["run"]).name)[-1]["accuracy"]
+
+
+def test_the_same_command_writes_the_same_numbers(trained: Path, written: Path, tmp_path: Path) -> None:
+    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], tmp_path, Options(beyond=40))
+    for name in ("layers.csv", "figures/fig4.pdf", "figures/fig7.png", "report.html"):
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
+    assert results(tmp_path)["runs"] == results(written)["runs"]
+
+
+def test_the_control_is_the_network_that_the_training_began_with(trained: Path) -> None:
+    """Its seed's weights: those of the run's first checkpoint less one epoch, so it is built anew and compared."""
+    run = runs.load(trained / "mpvg-1")
+    runs.seed_everything(1)
+    expected = runs.build_model(run.config, run.info).state_dict()
+    for name, value in run.untrained().state_dict().items():
+        assert torch.equal(value, expected[name])
+    other = runs.load(trained / "mpvg-0").untrained().state_dict()
+    assert not torch.equal(other["pos_embed"], expected["pos_embed"])
+
+
+@pytest.mark.parametrize("images", [7, 90, 360, 1000])
+def test_a_share_is_spread_over_the_whole_set(trained: Path, images: int) -> None:
+    """Validation sets are in the order of their classes."""
+    run = runs.load(trained / "mpvg-0")
+    device = torch.device("cpu")
+    every = torch.cat([some for some, _ in run.data(device).val.epoch()])
+    chosen = torch.cat([some for some, _ in report.share(run, images, device)])
+    assert len(chosen) == min(images, 360)
+    step = max(1, 360 // images)
+    assert torch.equal(chosen, every[::step][:images])
+
+
+# ---- bad input
+
+
+def test_a_run_that_cannot_be_analysed_is_named_and_the_rest_is_made(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_checkpoint, damaged, nan = (tmp_path / name for name in ("no-checkpoint", "damaged", "nan"))
+    for path in (no_checkpoint, damaged, nan):
+        shutil.copytree(trained / "mpvg-0", path, symlinks=True)
+    shutil.rmtree(no_checkpoint / "checkpoints")
+    with (damaged / "checkpoints/last/model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x01\x02\x03")
+    _spoil(nan)
+    paths = [str(path) for path in (no_checkpoint, trained / "gap-0", damaged, nan, tmp_path / "nothing")]
+    code = cli.main(["analyze", *paths, "--out", str(tmp_path / "out"), "--images", "60"])
+    said = capsys.readouterr()
+    assert code == 0
+    problems = results(tmp_path / "out")["problems"]
+    assert problems.keys() == set(paths) - {str(trained / "gap-0")}
+    for path, word in zip(paths[2:], ("damaged", "not finite", "holds no run"), strict=True):
+        assert word in problems[path]
+        assert f"warning: {path} is left out: " in said.err
+        assert path in (tmp_path / "out/report.html").read_text()
+    assert "gap:" in said.out
+
+
+def _spoil(path: Path) -> None:
+    """A NaN among the weights, in a checkpoint that is otherwise whole."""
+    folder = path / "checkpoints/last"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
+    state = json.loads((folder / "state.json").read_text())
+    shutil.rmtree(path / "checkpoints")
+    runs.save_checkpoint(path, 23, {"model": tensors}, state, best=True)
+
+
+def test_nothing_that_can_be_analysed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["analyze", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_another_kind_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classes are named; nothing is analysed on images that the network was not made for."""
+    assert cli.main(["analyze", str(trained / "gap-0"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("images", "beyond"), [(0, 0), (10, -1)])
+def test_numbers_of_images_are_checked(trained: Path, tmp_path: Path, images: int, beyond: int) -> None:
+    with pytest.raises(ValueError, match=f"images is {images} and beyond {beyond}; allowed"):
+        report.analyze([trained / "gap-0"], tmp_path / "out", Options(images=images, beyond=beyond))
+
+
+def test_too_few_images_give_no_interval_and_are_named(trained: Path, tmp_path: Path) -> None:
+    made = report.analyze([trained / "mpvg-0"], tmp_path, Options(images=30))
+    assert "30 images are too few for an interval; allowed: 40 or more" in made.page.read_text()
+    (one,) = results(tmp_path)["runs"]
+    assert all(place["r"]["interval"] is None for place in one["trained"]["places"])
+    assert all((tmp_path / "figures" / f"{name}.png").is_file() for name in ("fig4", "fig6", "fig7"))
+
+
+def test_a_method_that_delivers_nothing_says_so(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert "gap-0: the method delivers no PE: tokens are compared with the raw PE" in page
+    gap = results(written)["runs"][2]["trained"]
+    assert not any(place["delivered"] for place in gap["places"])
+    assert gap["slope_layers"] == [0, 1, 2, 3]
+
+
+def test_names_in_a_page_are_text(trained: Path, tmp_path: Path) -> None:
+    """Folder names and configs come from elsewhere."""
+    evil = tmp_path / "<img src=x onerror=alert(1)>"
+    shutil.copytree(trained / "gap-0", evil, symlinks=True)
+    page = report.analyze([evil, tmp_path / "</script><b>"], tmp_path / "out", Options(images=40)).page.read_text()
+    assert "<img src=x" not in page
+    assert "</script><b>" not in page
+
+
+# ---- sentences
+
+
+def analysed(slope: float, before: float, r: float = -0.2) -> Analysed:
+    """A run of which only what the sentences read is made."""
+
+    def findings(value: float, r: float) -> Findings:
+        made: Any = object.__new__(Findings)
+        made.__dict__.update(
+            images=100, accuracy=0.5, slope=Value(value, Interval(value - 0.01, value + 0.01)), slope_layers=[1, 2, 3]
+        )
+        made.__dict__.update(places=[_place(str(layer), r) for layer in range(4)], missing=[])
+        made.__dict__.update(last=_last())
+        return made
+
+    one: Any = object.__new__(Analysed)
+    one.__dict__.update(trained=findings(slope, r), untrained=findings(before, 0.1), name="run")
+    return one
+
+
+def _place(name: str, r: float) -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(name=name, delivered=name != "0", r=Value(r, Interval(r - 0.05, r + 0.05)))
+
+
+def _last() -> Any:
+    from types import SimpleNamespace
+
+    return SimpleNamespace(beta_variance=0.02, beta_variance_effective=0.03, shift=[0.0])
+
+
+@pytest.mark.parametrize(
+    ("slopes", "verdict"),
+    [
+        ([-0.05, -0.051, -0.052], "training makes the correlation fall with depth"),
+        ([0.05, 0.051, 0.052], "rise with depth, against the paper's claim"),
+        ([-0.05, 0.02, 0.03], "no effect: the interval of what training changes includes 0"),
+        ([-0.05], "nothing is concluded from it"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(slopes: list[float], verdict: str) -> None:
+    said = sentences.say([analysed(slope, 0.0) for slope in slopes])
+    assert verdict in said[1]
+    others = {"fall with depth", "rise with depth", "no effect", "nothing is concluded"}
+    assert sum(other in said[1] for other in others) == 1
+
+
+def test_an_effect_that_was_there_before_training_is_none() -> None:
+    said = sentences.say([analysed(slope, slope + wobble) for slope, wobble in ((-0.05, 0.001), (-0.06, -0.001))])
+    assert "no effect" in said[1]
+
+
+def test_opposed_layers_are_counted_by_their_intervals() -> None:
+    said = sentences.say([analysed(-0.05, 0.0, r) for r in (-0.2, -0.21, -0.19)])
+    assert "in 4 of 4 layers; training lowers r in 4 of them and raises it in 0" in said[2]
+    said = sentences.say([analysed(-0.05, 0.0, r) for r in (-0.2, 0.21, 0.01)])
+    assert "in 0 of 4 layers; training lowers r in 0 of them and raises it in 0" in said[2]
+
+
+def test_groups_have_the_shortest_names_that_tell_them_apart(trained: Path) -> None:
+    run = runs.load(trained / "mpvg-0")
+
+    def member(**changes: Any) -> Analysed:
+        one: Any = object.__new__(Analysed)
+        one.__dict__.update(run=replace(run, config=replace(run.config, **changes)))
+        return one
+
+    assert list(report._groups([member(), member(seed=3), member(method="pvg")])) == ["mpvg", "pvg"]
+    assert list(report._groups([member(), member(epochs=2)])) == ["mpvg, 1 epochs", "mpvg, 2 epochs"]
+    assert len(report._groups([member(), member(lr=0.5)])) == 2
