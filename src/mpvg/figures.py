@@ -1,6 +1,6 @@
 """All drawing: curves, heatmaps, overlays, and what receives what."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ def lines(
     *,
     first: int = 0,
     ticks: Mapping[int, str] | None = None,
-    dashed: Container[str] = (),
+    controls: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draws the mean of each line over its repetitions, and their range as a band.
 
@@ -45,15 +45,18 @@ def lines(
         y: label of the vertical axis.
         first: where the first value stands on the horizontal axis.
         ticks: names of places on the horizontal axis, where they are no numbers.
-        dashed: lines that are controls.
+        controls: lines that are controls -> the line each is one of, drawn before it; dashed, in its colour.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    colours: dict[str, Any] = {}
     for name, repetitions in curves.items():
         columns = list(zip(*repetitions, strict=True))
         places = range(first, first + len(columns))
         means = [sum(c) / len(c) for c in columns]
-        marker, style = "o" if ticks else None, "--" if name in dashed else "-"
-        (line,) = axes.plot(places, means, label=name, marker=marker, linestyle=style)
+        of = (controls or {}).get(name)
+        style: dict[str, Any] = {"linestyle": "--", "color": colours[of]} if of else {}
+        (line,) = axes.plot(places, means, label=name, marker="o" if ticks else None, **style)
+        colours[name] = line.get_color()
         axes.fill_between(
             places, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
         )
@@ -117,7 +120,7 @@ def norm_maps(rows: Sequence[tuple[str, Any, Any]], title: str) -> Figure:
         squeeze=False,
     )
     ranges = {k: (min(m[k].min() for _, _, m in rows), max(m[k].max() for _, _, m in rows)) for k in kinds}
-    for line, (name, image, maps) in zip(axes, rows, strict=True):
+    for number, (line, (name, image, maps)) in enumerate(zip(axes, rows, strict=True)):
         size = (0, np.asarray(image).shape[1], np.asarray(image).shape[0], 0)
         for place in line:
             place.imshow(image, cmap="gray", extent=size)
@@ -127,8 +130,8 @@ def norm_maps(rows: Sequence[tuple[str, Any, Any]], title: str) -> Figure:
         for place, kind in zip(line[1:], kinds, strict=True):
             low, high = ranges[kind]
             drawn = place.imshow(maps[kind], cmap=UNSIGNED, vmin=low, vmax=high, alpha=0.7, extent=size)
-            place.set_title(kind if line is axes[0] else "", fontsize=9)
-            if line is axes[-1]:
+            place.set_title(kind if number == 0 else "", fontsize=9)
+            if number == len(rows) - 1:
                 figure.colorbar(drawn, ax=place, orientation="horizontal", fraction=0.06)
     figure.suptitle(title)
     return figure

@@ -58,7 +58,14 @@ def _correlations(groups: Groups) -> Any:
     }
     ticks = dict(enumerate(place_names(groups)))
     title = "Correlation of tokens and position embedding (Fig. 4)"
-    return figures.lines(curves | controls, title, "layer", "r(mean token, PE)", ticks=ticks, dashed=controls)
+    return figures.lines(
+        curves | controls,
+        title,
+        "layer",
+        "r(mean token, PE)",
+        ticks=ticks,
+        controls={f"{name}, untrained": name for name in groups},
+    )
 
 
 def _heatmaps(one: Analysed) -> Any:
@@ -88,7 +95,7 @@ def _last_norm(groups: Groups) -> Any:
         lines = {"gamma": [last.gamma], "beta": [last.beta]}
         if last.shift is not None:
             lines["beta + PE's mean"] = [[b + s for b, s in zip(last.beta, last.shift, strict=True)]]
-        panels[f"{name}\nvar(beta) {last.beta_variance:.4f}"] = lines
+        panels[f"{name}\nvar(beta) {last.beta_variance:.3g}"] = lines
     return figures.side_by_side(panels, "channel", "Last LN")
 
 

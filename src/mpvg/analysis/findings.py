@@ -162,10 +162,10 @@ def _place(place: Place, collected: Collected, weights: Tensor | None) -> tuple[
     found = PlaceFindings(
         name=place.name,
         delivered=place.delivered,
-        r=Value(float(mean.pearson()), _interval(draws)),
+        r=_value(float(mean.pearson()), draws),
         r_each=_of_each(place.each, weights),
         spearman=statistics.spearman(mean.mean, mean.target),
-        cosine=Value(float(mean.cosine()), _interval(None if weights is None else mean.cosine(weights))),
+        cosine=_value(float(mean.cosine()), None if weights is None else mean.cosine(weights)),
         r_before=statistics.pearson(place.tokens, place.pe),
         pe_rank=statistics.effective_rank(place.pe),
         pe_spectrum=statistics.spectrum(place.pe, (side, side)),
@@ -180,14 +180,15 @@ def _slope(layers: list[PlaceFindings], drawn: dict[str, Tensor | None]) -> Valu
     value = float(statistics.slope(torch.tensor([place.r.value for place in layers], dtype=torch.float64), where))
     draws = [drawn[place.name] for place in layers]
     together = torch.stack([d for d in draws if d is not None], dim=-1) if None not in draws else None
-    return Value(value, None if together is None else _interval(statistics.slope(together, where)))
+    return _value(value, None if together is None else statistics.slope(together, where))
 
 
 def _last(network: Any, collected: Collected, weights: Tensor | None) -> LastFindings:
     last = collected.last
     beta = network.norm.bias.detach().cpu().double()
     delivered = network.deliver(network.position()).last
-    shift = None if delivered is None or network.global_pool != "avg" else delivered[0].detach().cpu().double().mean(0)
+    averages = delivered is not None and network.global_pool == "avg"
+    shift = network.pool(delivered)[0].detach().cpu().double() if averages else None
     auc = None if last.auc is None else [_of_each(last.auc, weights, at) for at in (0, 1)]
     return LastFindings(
         gamma=network.norm.weight.detach().cpu().double().tolist(),
@@ -209,11 +210,12 @@ def _of_each(values: statistics.GroupedMean, weights: Tensor | None, at: int | N
     mean, draws = values.mean(), None if weights is None else values.mean(weights)
     if at is not None:
         mean, draws = mean[at], None if draws is None else draws[:, at]
-    return Value(float(mean), _interval(draws))
+    return _value(float(mean), draws)
 
 
-def _interval(draws: Tensor | None) -> Interval | None:
-    return None if draws is None or not draws.isfinite().all() else statistics.interval(draws)
+def _value(value: float, draws: Tensor | None) -> Value:
+    known = draws is not None and bool(draws.isfinite().all())
+    return Value(value, statistics.interval(value, draws) if draws is not None and known else None)
 
 
 def _without_nan(value: Any) -> Any:

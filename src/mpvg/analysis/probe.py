@@ -87,7 +87,12 @@ class Collected:
 
 @torch.inference_mode()
 def collect(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], info: DataInfo, *, groups: int = GROUPS
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    info: DataInfo,
+    *,
+    groups: int = GROUPS,
+    keep_every: int = 1,
 ) -> Collected:
     """Shows a network images, once each, and sums up what its probe is shown.
 
@@ -96,14 +101,21 @@ def collect(
         batches: preprocessed images `(B, C, H, W)` and targets.
         info: of the data.
         groups: of images, for intervals; image i is in group i % groups.
+        keep_every: one of so many images is kept to be looked at, PICKED in all.
 
     Raises:
-        ValueError: the network is folded, there is no image, or a value is NaN or infinite.
+        ValueError: a PE is folded into the Last LN, no Last LN is on the tokens, there is no image, or a value is NaN
+            or infinite.
     """
     network: Any = model.eval()
     if getattr(network.delivery, "averages_to_zero", False):
         raise ValueError("the network is folded: its Last-LN PE is part of a bias; analyse the one it was folded from")
-    collector = _Collector(network, info, groups)
+    if getattr(network.norm, "bias", None) is None:
+        raise ValueError(
+            "the network has no Last LN on its tokens, with a gamma and a beta, that could be looked at; "
+            "one of timm's that normalises the mean of its tokens gets it with readout='method'"
+        )
+    collector = _Collector(network, info, groups, keep_every)
     network.probe = collector
     try:
         for images, targets in batches:
@@ -120,8 +132,8 @@ def collect(
 class _Collector:
     """The probe."""
 
-    def __init__(self, network: Any, info: DataInfo, groups: int) -> None:
-        self.info, self.groups = info, groups
+    def __init__(self, network: Any, info: DataInfo, groups: int, keep_every: int) -> None:
+        self.info, self.groups, self.keep_every = info, groups, keep_every
         self.prefix = int(getattr(network, "num_prefix_tokens", 0))
         self.raw = network.position()[0].detach()
         self.has_class_token = network.global_pool == "token"
@@ -130,13 +142,12 @@ class _Collector:
         self.places: dict[str, Place] = {}
         self.last_norm: LastNorm | None = None
         self.picked: list[Picked] = []
-        self.images, self.group = torch.empty(0), torch.empty(0)
+        self.images, self.number, self.group = torch.empty(0), torch.empty(0), torch.empty(0)
 
     def begin(self, images: Tensor) -> None:
         """A batch comes."""
-        seen = int(self.counts.sum())
-        self.images = images
-        self.group = (seen + torch.arange(len(images))) % self.groups
+        self.images, self.number = images, int(self.counts.sum()) + torch.arange(len(images))
+        self.group = self.number % self.groups
         self.counts.index_add_(0, self.group, torch.ones(len(images), dtype=torch.float64))
 
     def layer(self, layer: int, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
@@ -153,10 +164,9 @@ class _Collector:
         before, behind = (_rows(value)[:, self.prefix :].cpu().double() for value in (tokens, normed))
         place = self.places.get(name)
         if place is None:
-            compared = self.raw if pe is None else pe[0]
-            compared = (
-                compared[-before.shape[1] :].detach().cpu().double()
-            )  # prefix tokens, if they have rows, come first
+            compared = (self.raw if pe is None else pe[0]).detach().cpu().double()
+            if len(compared) == before.shape[1] + self.prefix:  # prefix tokens, where they have rows, come first
+                compared = compared[self.prefix :]
             fits = compared.shape == before.shape[1:]
             place = self.places[name] = Place(
                 name,
@@ -198,9 +208,10 @@ class _Collector:
             if last.auc is not None and masks is not None:
                 found = [[statistics.auc(n, mask) for n in pair] for pair, mask in zip(norms, masks, strict=True)]
                 last.auc.add(self.group, torch.tensor(found, dtype=torch.float64))
-            for image, (first, second) in zip(self.images, norms, strict=True):
-                if len(self.picked) < PICKED:
-                    self.picked.append(Picked(image.cpu(), first, second))
+            for number, image, (first, second) in zip(self.number.tolist(), self.images, norms, strict=True):
+                if number % self.keep_every == 0 and len(self.picked) < PICKED:
+                    # Copies: a view would keep its whole batch, or change with it.
+                    self.picked.append(Picked(image.cpu().clone(), first.clone(), second.clone()))
 
     def result(self) -> Collected:
         """What was found."""
@@ -216,7 +227,7 @@ def _rows(tokens: Tensor) -> Tensor:
 
 def _correlations(values: Tensor, target: Tensor) -> Tensor:
     """Pearson's r of each row of `(B, K)` with `(K,)`."""
-    target = target - target.mean()
+    target = statistics.centred(target)
     spread = values.square().sum(dim=1) - values.shape[1] * values.mean(dim=1).square()
     return values @ target / (spread.clamp(min=0).sqrt() * target.norm())
 

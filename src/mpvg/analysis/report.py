@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpvg import runs
 from mpvg.analysis import beyond, drawing, page, sentences
 from mpvg.analysis.findings import Analysed, Findings, Groups, summarise
-from mpvg.analysis.probe import Collected, collect
+from mpvg.analysis.probe import PICKED, Collected, collect
 from mpvg.config import RunConfig
 from mpvg.data import Batches, open_data
 from mpvg.runs import Run
@@ -87,7 +87,8 @@ def analyse_run(run: Run, options: Options) -> Analysed:
         run = replace(run, config=replace(run.config, data=options.data))
 
     def find(network: nn.Module) -> tuple[Findings, Collected]:
-        collected = collect(network, share(run, options.images, device), run.info)
+        few = max(1, min(options.images, run.info.val_size) // PICKED)
+        collected = collect(network, share(run, options.images, device), run.info, keep_every=few)
         return summarise(network, collected), collected
 
     (trained, collected), (untrained, _) = find(model), find(start)

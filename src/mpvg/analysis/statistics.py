@@ -21,8 +21,13 @@ class Interval(NamedTuple):
 
 def pearson(a: Tensor, b: Tensor) -> float:
     """Pearson's correlation over all entries of two tensors of one shape; NaN where one is constant."""
-    a, b = (value.double().flatten() - value.double().mean() for value in (a, b))
-    return cosine(a, b)
+    return cosine(centred(a), centred(b))
+
+
+def centred(values: Tensor) -> Tensor:
+    """All entries less their mean, flat; zeros where they are equal, which a rounded mean would miss."""
+    values = values.double().flatten()
+    return torch.zeros_like(values) if values.min() == values.max() else values - values.mean()
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -57,8 +62,13 @@ def auc(scores: Tensor, inside: Tensor) -> float:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007), of rows by channels."""
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007), of rows by channels.
+
+    NaN where all entries are 0.
+    """
     values = torch.linalg.svdvals(matrix.double())
+    if not values.any():
+        return math.nan
     shares = values[values > 0] / values.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))
 
@@ -97,11 +107,15 @@ def resamples(groups: int, draws: int = DRAWS, seed: int = 0) -> Tensor:
     return counts.scatter_add_(1, chosen, torch.ones(draws, groups, dtype=torch.float64))
 
 
-def interval(draws: Tensor) -> Interval:
-    """The percentile interval of bootstrap values `(draws,)`."""
+def interval(value: float, draws: Tensor) -> Interval:
+    """The basic bootstrap interval of a value, from what it is in each resample `(draws,)`.
+
+    Basic, not percentile: a mean over fewer different images is noisier, so that its correlation is weaker in every
+    resample than in the sample, as it is weaker there than over all images; taking off that difference corrects for it.
+    """
     tail = (1 - LEVEL) / 2
     low, high = torch.quantile(draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Interval(low, high)
+    return Interval(2 * value - high, 2 * value - low)
 
 
 def over_seeds(values: list[float]) -> tuple[float, Interval | None]:
@@ -132,8 +146,8 @@ class MeanCorrelation:
         maps, target = sums.flatten(1), pe.double().flatten()
         self.maps, self.target, self.counts = maps, target, counts.double()
         self._gram, self._inner, self._norm = maps @ maps.T, maps @ target, float(target.norm())
-        centred, centred_target = maps - maps.mean(dim=1, keepdim=True), target - target.mean()
-        self._centred = centred @ centred.T, centred @ centred_target, float(centred_target.norm())
+        around, centred_target = maps - maps.mean(dim=1, keepdim=True), centred(target)
+        self._centred = around @ around.T, around @ centred_target, float(centred_target.norm())
 
     @property
     def mean(self) -> Tensor:
