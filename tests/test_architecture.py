@@ -21,8 +21,8 @@ MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 70
 
 # Import names of what only the extras install.
-OPTIONAL = ["matplotlib", "plotly", "sklearn", "faster_coco_eval", "pycocotools", "transformers", "webdataset"]
-OPTIONAL += ["datasets", "simplejpeg", "gradio", "tensorboard", "trackio", "wandb", "mlflow"]
+OPTIONAL = ["matplotlib", "plotly", "sklearn", "scipy", "faster_coco_eval", "pycocotools", "transformers"]
+OPTIONAL += ["datasets", "simplejpeg", "gradio", "trackio", "wandb", "mlflow"]
 OPTIONAL += ["onnx", "onnxscript", "onnxruntime", "torchao"]
 # What a module may import at its top although only an extra installs it; no other module may import such a module
 # at its own top.

@@ -137,6 +137,8 @@ def summarise(model: nn.Module, collected: Collected) -> Findings:
             continue
         found, drawn[place.name] = _place(place, collected, weights)
         places.append(found)
+    if collected.last.rows is None:
+        missing.append(f"{LAST}: it normalises the one vector that is read out, which has no patches to compare")
     if not any(place.delivered for place in places):
         missing.append(
             "the method delivers no PE: tokens are compared with the raw PE, which they do not receive there"

@@ -9,6 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mpvg import runs
 from mpvg.analysis.drawing import norm_map, picture
 from mpvg.analysis.findings import Findings, Groups, Value, place_names
 from mpvg.analysis.sentences import over, r_at
@@ -38,8 +41,8 @@ def render(
     from plotly.offline import get_plotlyjs
 
     missing = {f"{one.name}: {text}" for members in groups.values() for one in members for text in one.trained.missing}
-    first = next(iter(groups.values()))[0]
-    environment = f"{first.run.config.data}; checkpoints of {', '.join(m.name for g in groups.values() for m in g)}"
+    members = [f"{one.name} on {one.run.config.data}" for several in groups.values() for one in several]
+    made = f"{', '.join(members)}. Commit {runs.commit()}, {runs.hardware()}, torch {torch.__version__}"
     parts = {
         "title": escape(title),
         "front": front,
@@ -56,7 +59,7 @@ def render(
         "charts": _json(_charts(groups)),
         "norms": _json(_norms(groups)),
         "plotly": get_plotlyjs(),
-        "made": escape(environment),
+        "made": escape(made),
     }
     # In one pass, so that nothing is looked for in what was filled in.
     return re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], TEMPLATE.read_text())

@@ -97,7 +97,7 @@ def collect(
     """Shows a network images, once each, and sums up what its probe is shown.
 
     Args:
-        model: a network of this package, not folded.
+        model: a network of this package, whose Last-LN PE is not folded into a bias.
         batches: preprocessed images `(B, C, H, W)` and targets.
         info: of the data.
         groups: of images, for intervals; image i is in group i % groups.
