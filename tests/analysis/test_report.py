@@ -214,7 +214,7 @@ def _last() -> Any:
     [
         ([-0.05, -0.051, -0.052], "training makes the correlation fall with depth"),
         ([0.05, 0.051, 0.052], "rise with depth, against the paper's claim"),
-        ([-0.05, 0.02, 0.03], "no effect: the interval of what training changes includes 0"),
+        ([-0.05, 0.02, 0.03], "no effect shown: the interval of what training changes includes 0"),
         ([-0.05], "nothing is concluded from it"),
     ],
 )

@@ -53,7 +53,7 @@ def _slope(members: Sequence[Analysed]) -> str:
         return f"{numbers}. One run: what training changes has no interval, so nothing is concluded from it."
     verdict = {
         -1: "training makes the correlation fall with depth",
-        0: "no effect: the interval of what training changes includes 0",
+        0: "no effect shown: the interval of what training changes includes 0",
         1: "training makes the correlation rise with depth, against the paper's claim",
     }[_sign(change)]
     return f"{numbers}. Training changes the slope by {_number(change)}: {verdict}."
