@@ -84,7 +84,8 @@ def analyse_run(run: Run, options: Options) -> Analysed:
     device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
     model, start = (network.to(device) for network in (run.model(options.which, ema=options.ema), run.untrained()))
     if options.data is not None:
-        run = replace(run, config=replace(run.config, data=options.data))
+        config, info = replace(run.config, data=options.data), replace(run.info, name=options.data)
+        run = replace(run, config=config, info=info)
 
     def find(network: nn.Module) -> tuple[Findings, Collected]:
         few = max(1, min(options.images, run.info.val_size) // PICKED)
