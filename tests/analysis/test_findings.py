@@ -17,7 +17,7 @@ from mpvg.analysis.findings import Findings, PlaceFindings, Value, summarise
 from mpvg.analysis.probe import LAST, collect
 from mpvg.data import DataInfo
 from mpvg.models import create_model
-from reference import assert_close
+from reference import assert_close, scattered
 
 TINY: dict[str, Any] = {"embed_dim": 24, "num_heads": 2, "depth": 4}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,14 +54,9 @@ NOISE = DataInfo(
 
 
 def build(network: str, method: str, **kwargs: Any) -> Any:
-    """A network in float64 in which no parameter is where it starts."""
+    """A small network of the kind."""
     name, arguments = NETWORKS[network]
-    model = create_model(name, method, num_classes=5, **arguments | kwargs).double().eval()
-    with torch.no_grad():
-        for part, parameter in model.named_parameters():
-            if not part.startswith("patch_embed.attention"):  # the exponentials of T2T's performers would saturate
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return scattered(create_model(name, method, num_classes=5, **arguments | kwargs))
 
 
 def images_for(network: str, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from mpvg.analysis.statistics import GroupedMean
 from mpvg.data import DataInfo
 from mpvg.models import create_model
 from mpvg.models.fold import fold
+from reference import scattered
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -47,14 +48,9 @@ NOISE = DataInfo(
 
 
 def build(network: str, method: str, **kwargs: Any) -> Any:
-    """A network in float64 in which no parameter is where it starts."""
+    """A small network of the kind."""
     name, arguments = NETWORKS[network]
-    model = create_model(name, method, num_classes=5, **arguments | kwargs).double().eval()
-    with torch.no_grad():
-        for part, parameter in model.named_parameters():
-            if not part.startswith("patch_embed.attention"):  # the exponentials of T2T's performers would saturate
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return scattered(create_model(name, method, num_classes=5, **arguments | kwargs))
 
 
 def images_for(network: str, count: int = IMAGES) -> Tensor:

@@ -91,7 +91,7 @@ def test_a_share_is_spread_over_the_whole_set(trained: Path, images: int) -> Non
     run = runs.load(trained / "mpvg-0")
     device = torch.device("cpu")
     every = torch.cat([some for some, _ in run.data(device).val.epoch()])
-    chosen = torch.cat([some for some, _ in report.share(run, images, device)])
+    chosen = torch.cat([some for some, _ in report.Share(run, images, device)])
     assert len(chosen) == min(images, 360)
     step = max(1, 360 // images)
     assert torch.equal(chosen, every[::step][:images])

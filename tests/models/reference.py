@@ -23,6 +23,16 @@ def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
 # ---- layers
 
 
+@torch.no_grad()
+def scattered(network: Any) -> Any:
+    """A network made float64, evaluating, with no parameter where it starts."""
+    model = network.double().eval()
+    for part, parameter in model.named_parameters():
+        if not part.startswith("patch_embed.attention"):  # the exponentials of T2T's performers would saturate
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
 def ref_norm(x: Tensor, weights: dict[str, Tensor], name: str, eps: float) -> Tensor:
     mean = x.mean(dim=-1, keepdim=True)
     variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)

@@ -92,9 +92,7 @@ def _last_norm(groups: Groups) -> Any:
     panels = {}
     for name, members in groups.items():
         last = members[0].trained.last
-        lines = {"gamma": [last.gamma], "beta": [last.beta]}
-        if last.shift is not None:
-            lines["beta + PE's mean"] = [[b + s for b, s in zip(last.beta, last.shift, strict=True)]]
+        lines = {kind: [values] for kind, values in last.channels.items()}
         panels[f"{name}\nvar(beta) {last.beta_variance:.3g}"] = lines
     return figures.side_by_side(panels, "channel", "Last LN")
 

@@ -75,6 +75,14 @@ class LastFindings:
     auc_behind: Value | None
     """The same behind it."""
 
+    @property
+    def channels(self) -> dict[str, list[float]]:
+        """What Fig. 6 draws over the channels, by name."""
+        curves = {"gamma": self.gamma, "beta": self.beta}
+        if self.shift is not None:
+            curves["beta + PE's mean"] = [beta + shift for beta, shift in zip(self.beta, self.shift, strict=True)]
+        return curves
+
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -93,7 +101,7 @@ class Findings:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe values; what is undefined is None."""
-        values: dict[str, Any] = _without_nan(asdict(self))
+        values: dict[str, Any] = without_nan(asdict(self))
         return values
 
 
@@ -216,13 +224,15 @@ def _of_each(values: statistics.GroupedMean, weights: Tensor | None, at: int | N
 
 
 def _value(value: float, draws: Tensor | None) -> Value:
-    known = draws is not None and bool(draws.isfinite().all())
-    return Value(value, statistics.interval(value, draws) if draws is not None and known else None)
+    if draws is None or not draws.isfinite().all():
+        return Value(value)
+    return Value(value, statistics.interval(value, draws))
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Dicts and lists with None for every number that is NaN or infinite, which JSON has none of."""
     if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
+        return {key: without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(part) for part in value]
+        return [without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

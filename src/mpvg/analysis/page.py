@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from mpvg import runs
 from mpvg.analysis.drawing import norm_map, picture
-from mpvg.analysis.findings import Findings, Groups, Value, place_names
+from mpvg.analysis.findings import Findings, Groups, Value, place_names, without_nan
 from mpvg.analysis.sentences import over, r_at
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -132,10 +132,7 @@ def _charts(groups: Groups) -> dict[str, Any]:
                     "error_y": {"type": "data", "array": bars, "arrayminus": below, "thickness": 1, "color": colour},
                 }
             )
-        found = members[0].trained.last
-        curves = {"gamma": found.gamma, "beta": found.beta}
-        if found.shift is not None:
-            curves["beta + PE's mean"] = [b + s for b, s in zip(found.beta, found.shift, strict=True)]
+        curves = members[0].trained.last.channels
         for (kind, channel_values), dash in zip(curves.items(), ("dot", "solid", "dash"), strict=False):
             label = f"{kind}, {name}"
             last.append(
@@ -199,13 +196,4 @@ def _png(pixels: Any) -> str:
 
 def _json(value: Any) -> str:
     """JSON that may stand inside a script: no name in it can end the script."""
-    clean: Callable[[Any], Any] = lambda v: None if isinstance(v, float) and v != v else v  # noqa: E731
-    return json.dumps(_map(value, clean), allow_nan=False).replace("<", "\\u003c")
-
-
-def _map(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map(part, change) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_map(part, change) for part in value]
-    return change(value)
+    return json.dumps(without_nan(value), allow_nan=False).replace("<", "\\u003c")

@@ -86,16 +86,17 @@ def analyse_run(run: Run, options: Options) -> Analysed:
     if options.data is not None:
         config, info = replace(run.config, data=options.data), replace(run.info, name=options.data)
         run = replace(run, config=config, info=info)
+    shown = Share(run, options.images, device)
 
     def find(network: nn.Module) -> tuple[Findings, Collected]:
         few = max(1, min(options.images, run.info.val_size) // PICKED)
-        collected = collect(network, share(run, options.images, device), run.info, keep_every=few)
+        collected = collect(network, shown, run.info, keep_every=few)
         return summarise(network, collected), collected
 
     (trained, collected), (untrained, _) = find(model), find(start)
     further = None
     if options.beyond:
-        further = beyond.look_beyond(model, beyond.Held(list(share(run, options.beyond, device))))
+        further = beyond.look_beyond(model, beyond.Held(list(Share(run, options.beyond, device))))
     return Analysed(
         run=run,
         name=run.path.name,
@@ -106,23 +107,29 @@ def analyse_run(run: Run, options: Options) -> Analysed:
     )
 
 
-def share(run: Run, images: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+class Share:
     """So many validation images, spread evenly over the set, which is in the order of its classes; all if it has fewer.
 
-    They are those that one of several processes would evaluate, so that no more images than these are read.
+    They are those that one of several processes would evaluate, so that no more images than these are read. The set is
+    opened once, for any number of passes.
     """
-    data = run.data(device)
-    parts = max(1, data.info.val_size // images)
-    batch = max(1, min(BATCH, data.info.train_size // parts))
-    plain = replace(run.config.augment, mixup=0.0, cutmix=0.0)  # they ask for an even batch size
-    config = replace(run.config, batch_size=batch * parts, augment=plain)
-    batches: Batches = open_data(config, device=device, rank=0, world_size=parts).val
-    left = images
-    for some, targets in batches.epoch():
-        yield some[:left], targets[:left]
-        left -= len(some)
-        if left <= 0:
-            return
+
+    def __init__(self, run: Run, images: int, device: torch.device) -> None:
+        info = run.data(device).info
+        parts = max(1, info.val_size // images)
+        batch = max(1, min(BATCH, info.train_size // parts))
+        plain = replace(run.config.augment, mixup=0.0, cutmix=0.0)  # they ask for an even batch size
+        config = replace(run.config, batch_size=batch * parts, augment=plain)
+        self.images = images
+        self.batches: Batches = open_data(config, device=device, rank=0, world_size=parts).val
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left = self.images
+        for some, targets in self.batches.epoch():
+            yield some[:left], targets[:left]
+            left -= len(some)
+            if left <= 0:
+                return
 
 
 def write(out: Path, analysed: Sequence[Analysed], problems: dict[str, str], *, title: str, front: str = "") -> Report:
