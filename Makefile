@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint format demo clean
+.PHONY: help setup test lint format mutants demo clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ lint: $(STAMP) ## all checks but the tests
 format: $(STAMP) ## rewrite the code in the one format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+mutants: $(STAMP) ## put plausible bugs into copies of the package: each must make a test fail
+	$(VENV)/bin/python tests/mutations.py
 
 demo: $(STAMP) ## train and compare on data that needs no download: DATA=digits OUT=demo
 	$(VENV)/bin/mpvg demo --data $(DATA) --out $(OUT)

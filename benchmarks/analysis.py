@@ -29,11 +29,13 @@ from torch import Tensor
 
 from mpvg import create_model, runs
 from mpvg.analysis import probe, report
-from mpvg.analysis.beyond import Held
+from mpvg.analysis.sensitivity import CachedBatches
 from mpvg.config import LoaderConfig
-from mpvg.data import DataInfo, open_data
+from mpvg.data import DataInfo, ImageBatch, Shard, open_data
 from mpvg.recipes import recipe
-from mpvg.tasks import evaluate
+from mpvg.runs.checkpoints import Checkpoint, save_checkpoint
+from mpvg.runs.environment import environment
+from mpvg.tasks.classification import evaluate
 
 LIMITS = {"probe / evaluation": 1.3, "report, seconds": 180, "report, MB": 15}
 MODEL = "deit_tiny_patch16_224"
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     result = cost(given.pairs) | memory() | whole_report(given.images)
-    result |= {"limits": LIMITS, "environment": runs.environment()}
+    result |= {"limits": LIMITS, "environment": environment()}
     for name, value in result.items():
         if name not in ("limits", "environment"):
             limit = f"  limit {LIMITS[name]}" if name in LIMITS else ""
@@ -70,17 +72,17 @@ def cost(pairs: int) -> dict[str, Any]:
     """The probe's pass over the evaluation's."""
     torch.set_num_threads(1)
     model = create_model(MODEL, "mpvg").eval()
-    held = Held([(torch.randn(32, 3, 224, 224), torch.randint(1000, (32,)))])
+    cached = CachedBatches([ImageBatch(torch.randn(32, 3, 224, 224), torch.randint(1000, (32,)))])
     facts = info(224, 3)
 
     def evaluated() -> float:
         begun = now()
-        evaluate(model, held)
+        evaluate(model, cached)
         return since(begun).cpu
 
     def probed() -> float:
         begun = now()
-        probe.collect(model, held.epoch(), facts)
+        probe.collect(model, cached.epoch(), facts)
         return since(begun).cpu
 
     rounds = [(evaluated(), probed(), evaluated()) for _ in range(pairs + 1)][1:]
@@ -130,9 +132,9 @@ def whole_report(images: int) -> dict[str, Any]:
         for path in paths:
             plain = replace(recipe("folder"), loader=LoaderConfig(workers=1), batch_size=8, device="cpu")
             config = replace(plain, data=str(folder / "data"), method=path.name, out=str(path))
-            run = runs.start(config, open_data(config, device=torch.device("cpu")).info)
-            weights = run.untrained().state_dict()
-            runs.save_checkpoint(path, 1, {"model": weights}, {}, best=True)
+            run = runs.create_run(config, open_data(config, Shard(torch.device("cpu"))).info)
+            weights = run.initial_model().state_dict()
+            save_checkpoint(path, 1, Checkpoint({"model": weights}, {}), best=True)
         begun = time.perf_counter()
         made = report.analyze(paths, folder / "report", report.Options(images=images))
         seconds = time.perf_counter() - begun

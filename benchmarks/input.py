@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,27 @@ import torch
 from PIL import Image
 from timing import Times, now, ratio, since
 from timm.data import create_transform
-from torch.utils.data import default_collate
 
-from mpvg import runs
 from mpvg.config import AugmentConfig, LoaderConfig, RunConfig
-from mpvg.data import Data, fast, open_data
-from mpvg.data.images import read_image
-from mpvg.data.sources import SOURCES
+from mpvg.data import (
+    Batches,
+    DataInfo,
+    ImageBatch,
+    Pipeline,
+    Sample,
+    Shard,
+    describe,
+    image_pipeline,
+    open_data,
+    open_listing,
+)
+from mpvg.data import images as image_files
+from mpvg.data.fast_pipeline import fast_pipeline
+from mpvg.data.images import read_image, read_pixels
+from mpvg.data.loader import collate_images
+from mpvg.data.named_sets import NAMED_SETS
+from mpvg.data.types import MakePipeline, Split
+from mpvg.runs.environment import environment
 
 LIMITS = {"fast / timm": 1.25, "worker / timm": 2.0}
 AIMS = {"fast / timm": 1.5}
@@ -59,14 +74,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if fast._simplejpeg() is None:
+    if image_files._simplejpeg() is None:
         sys.exit("simplejpeg is not installed, and the benchmark is about it; pip install simplejpeg")
     with tempfile.TemporaryDirectory() as folder:
         size = make_folder(Path(folder), given.images)
         print(f"{given.images} images of {size / 1000:.0f} KB; {given.rounds} rounds", flush=True)
         rounds = measure(pipelines(folder, given.images) | stages(folder), given.rounds)
     result = summarise(rounds, given.images) | {"limits": LIMITS, "aims": AIMS, "bytes_per_image": size}
-    result |= {"environment": runs.environment() | {"simplejpeg": fast._simplejpeg().__version__}, "rounds": rounds}
+    result |= {"environment": environment() | {"simplejpeg": image_files._simplejpeg().__version__}, "rounds": rounds}
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -76,7 +91,7 @@ def main() -> int:
 def make_folder(folder: Path, count: int, val: int = 1) -> float:
     """Writes train/ and val/ and returns the mean size of a training image in bytes."""
     rng = np.random.default_rng(0)
-    digits = SOURCES["digits"].read(None).train.images[:, 0].numpy()
+    digits = NAMED_SETS["digits"].read(None, ("train",)).train.images[:, 0].numpy()
     for split, number in (("train", count), ("val", val)):
         (folder / split / "a").mkdir(parents=True)
         for n in range(number):
@@ -119,20 +134,24 @@ def config_for(folder: str, pipeline: Any) -> RunConfig:
     )
 
 
-def open_pipeline(folder: str, pipeline: str, finishing: bool = True) -> Data:
-    data = open_data(config_for(folder, pipeline), device=CPU)
-    if not finishing:
-        data.train._finishing = None  # type: ignore[attr-defined]
-    return data
+def worker_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torch.device) -> Pipeline:
+    """The pipeline without what is left for the device."""
+    pipeline = image_pipeline(config, info, split, device)
+    assert isinstance(pipeline, Pipeline)
+    return replace(pipeline, device_transform=None)
+
+
+def open_pipeline(folder: str, pipeline: str, make_pipeline: MakePipeline = image_pipeline) -> Batches[ImageBatch]:
+    return open_data(config_for(folder, pipeline), Shard(CPU), make_pipeline).train
 
 
 def pipelines(folder: str, images: int) -> dict[str, Callable[[int], Times]]:
     """Of each pipeline, what reads an epoch and times it."""
 
-    def read(data: Data, without: bool, epoch: int) -> Times:
-        with mock.patch.object(fast, "_simplejpeg", return_value=None) if without else mock.MagicMock():
+    def read(batches: Batches[ImageBatch], without: bool, epoch: int) -> Times:
+        with mock.patch.object(image_files, "_simplejpeg", return_value=None) if without else mock.MagicMock():
             begun = now()
-            seen = sum(len(targets) for _, targets in data.train.epoch(epoch))
+            seen = sum(len(targets) for _, targets in batches.epoch(epoch))
             taken = since(begun)
         assert seen == images
         return taken
@@ -141,16 +160,16 @@ def pipelines(folder: str, images: int) -> dict[str, Callable[[int], Times]]:
         "timm": partial(read, open_pipeline(folder, "auto"), False),
         "timm again": partial(read, open_pipeline(folder, "auto"), False),
         "fast": partial(read, open_pipeline(folder, "fast"), False),
-        "worker": partial(read, open_pipeline(folder, "fast", finishing=False), False),
+        "worker": partial(read, open_pipeline(folder, "fast", worker_pipeline), False),
         "fast (PIL)": partial(read, open_pipeline(folder, "fast"), True),
-        "worker (PIL)": partial(read, open_pipeline(folder, "fast", finishing=False), True),
+        "worker (PIL)": partial(read, open_pipeline(folder, "fast", worker_pipeline), True),
     }
 
 
 def stages(folder: str) -> dict[str, Callable[[int], Times]]:
     """Of each stage of both pipelines, what carries it out on the training images and times it."""
     config = config_for(folder, "fast")
-    augment, info = config.augment, open_data(config, device=CPU).info
+    augment, info = config.augment, describe(config, open_listing(config))
     no_jitter: Any = None
     crop, rand, rest = create_transform(
         224,
@@ -163,10 +182,10 @@ def stages(folder: str) -> dict[str, Callable[[int], Times]]:
         re_prob=augment.erase,
         re_mode="pixel",
     )
-    training = fast.fast_training(config, info, CPU)
+    training = fast_pipeline(config, info, CPU)
     files = [str(path) for path in sorted(Path(folder, "train").rglob("*.jpg"))]
-    pil, tensors = [read_image(file) for file in files], [fast.read_pixels(file) for file in files]
-    small, crops = [crop(image) for image in pil], [training.transform(image) for image in tensors]
+    pil, tensors = [read_image(file) for file in files], [Sample(read_pixels(file), 0) for file in files]
+    small, crops = [crop(image) for image in pil], [training.transform(sample) for sample in tensors]
 
     def each(work: Callable[[Any], object], items: list[Any], epoch: int) -> Times:
         begun = now()
@@ -175,18 +194,18 @@ def stages(folder: str) -> dict[str, Callable[[int], Times]]:
         return since(begun)
 
     def in_batches(epoch: int) -> Times:
-        assert training.finishing
-        finish = training.finishing(epoch)
+        assert training.device_transform
+        on_device = training.device_transform(epoch)
         begun = now()
         for first in range(0, len(crops), 64):
-            finish(default_collate(crops[first : first + 64]), torch.arange(first, first + 64))
+            on_device(collate_images(crops[first : first + 64]), torch.arange(first, first + 64))
         return since(begun)
 
     return {
         "timm: read and decode": partial(each, read_image, files),
         "timm: crop, resize, flip": partial(each, crop, pil),
         "timm: augment, normalise": partial(each, lambda image: rest(rand(image)), small),
-        "fast: read and decode": partial(each, fast.read_pixels, files),
+        "fast: read and decode": partial(each, read_pixels, files),
         "fast: crop, resize, flip": partial(each, training.transform, tensors),
         "fast: augment, normalise": in_batches,
     }

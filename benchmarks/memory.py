@@ -39,10 +39,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
-from mpvg import create_model, runs
+from mpvg import create_model
 from mpvg.config import RunConfig
 from mpvg.recipes import RECIPES, paper, recipe
-from mpvg.tasks import classification_loss
+from mpvg.runs.environment import environment
+from mpvg.tasks.classification import classification_loss
 from mpvg.training.optimizer import build_optimizer
 
 NAMES = [name for name, function in RECIPES.items() if function.__module__ == paper.__name__]
@@ -101,7 +102,7 @@ def main() -> int:
             "method": given.method,
             "rows": [asdict(row) for row in rows],
             "checks": checks,
-            "environment": runs.environment(),
+            "environment": environment(),
         }
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")

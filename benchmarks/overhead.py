@@ -36,7 +36,8 @@ import timm
 import torch
 from torch import nn
 
-from mpvg import create_model, fold, runs
+from mpvg import create_model, fold
+from mpvg.runs.environment import environment as run_environment
 
 NETWORKS = [
     "deit_tiny_patch16_224",
@@ -163,7 +164,7 @@ def judge(block: Block, clock: str) -> Block:
     return block
 
 
-def summarise(ratio: Ratio, last: Block, kept: Sequence[Block], args: argparse.Namespace) -> dict[str, Any]:
+def summarize(ratio: Ratio, last: Block, kept: Sequence[Block], args: argparse.Namespace) -> dict[str, Any]:
     """One row: a ratio over the kept blocks of a case, and what becomes of its limit."""
     row: dict[str, Any] = {"network": last.network, "case": last.case, "ratio": f"{ratio.over} / {ratio.under}"}
     for clock in CLOCKS if kept else ():
@@ -196,7 +197,7 @@ def print_table(rows: Sequence[dict[str, Any]], clock: str) -> None:
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
     pinned = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    return runs.environment() | {"pinned_to": pinned, "load_at_start": os.getloadavg(), "arguments": vars(args)}
+    return run_environment() | {"pinned_to": pinned, "load_at_start": os.getloadavg(), "arguments": vars(args)}
 
 
 def parse() -> argparse.Namespace:
@@ -228,7 +229,7 @@ def main() -> int:
                 if len(kept) == args.blocks:
                     break
             present = [r for r in RATIOS if {r.over, r.under} <= blocks[-1].samples.keys()]
-            rows += [summarise(ratio, blocks[-1], kept, args) for ratio in present]
+            rows += [summarize(ratio, blocks[-1], kept, args) for ratio in present]
     print_table(rows, args.clock)
     discarded = sum(bool(block.discarded_because) for block in blocks)
     print(f"{discarded} of {len(blocks)} blocks discarded; {args.threads} thread(s), {environ['hardware']}")

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
 
 from conftest import torchrun  # noqa: E402  as the tests of several processes start them
-from mpvg import runs  # noqa: E402
+from mpvg.runs.environment import environment  # noqa: E402
 
 LIMIT = 1.6
 MAX_AA = 0.03
@@ -61,7 +61,7 @@ def main() -> int:
         "two / one": ratio([two / one for one, two in zip(rates[1], rates[2], strict=False)]),
         "control": ratio([after / before for before, after in pairwise(rates[1])]),
         "limit": LIMIT,
-        "environment": runs.environment(),
+        "environment": environment(),
         "runs": rates,
     }
     if given.json:
@@ -89,8 +89,8 @@ def train(processes: int, options: dict[str, Any], images: Path, out: Path) -> f
     launcher = torchrun(processes) if processes > 1 else [sys.executable, "-m", "mpvg"]
     given = options | {"loader.root": images, "out": out}
     command = [*launcher, "train", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=variables, check=False, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"exit code {ended.returncode}: {ended.stderr}")
     first, *_, last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

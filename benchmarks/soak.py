@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
 
 from conftest import kill_below, read_record, torchrun  # noqa: E402  what the tests of single kills use
-from mpvg import runs  # noqa: E402
+from mpvg.runs.environment import environment  # noqa: E402
 
 WORKERS = 2
 OPTIONS = {
@@ -83,7 +83,7 @@ def main() -> int:
             "soak": [asdict(row) for row in found],
             "options": OPTIONS | {"loader.workers": WORKERS},
             "seed": given.seed,
-            "environment": runs.environment(),
+            "environment": environment(),
         }
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -134,9 +134,9 @@ def soak(folder: Path, data: Path, processes: int, kills: int, moments: random.R
 def start(processes: int, arguments: list[str], seconds: float | None) -> int:
     """Runs `mpvg` to its end, or kills it and all below it after so many seconds; returns how many were killed."""
     launcher = torchrun(processes) if processes > 1 else [sys.executable, "-m", "mpvg"]
-    environment: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    variables: dict[str, Any] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*launcher, *arguments], env=environment, **quiet) as process:
+    with subprocess.Popen([*launcher, *arguments], env=variables, **quiet) as process:
         try:
             said = process.communicate(timeout=seconds)[1]
         except subprocess.TimeoutExpired:

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from input import make_folder
 from timing import Times, now, ratio, since
 
-from mpvg import runs
 from mpvg.config import RunConfig
 from mpvg.recipes import recipe
+from mpvg.runs.environment import environment
 from mpvg.training.loop import Trainer
 from mpvg.training.progress import Reporter
 
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         config = config_for(given.recipe, Path(folder), given.threads)
-        trainer = Trainer.of(config, quiet=True)
+        trainer = Trainer.create(config, quiet=True)
         turns = TakeTurns(bare_stretch(trainer, given.steps), given.steps, given.pairs)
         with contextlib.suppress(Enough):
             trainer.train_epoch(turns)
@@ -66,7 +66,7 @@ def main() -> None:
         "control, wall": ratio([r["bare"].wall / r["control"].wall for r in turns.rounds]),
         "control, CPU": ratio([r["bare"].cpu / r["control"].cpu for r in turns.rounds]),
         "limit": LIMITS[given.recipe],
-        "environment": runs.environment(),
+        "environment": environment(),
         "rounds": turns.rounds,
     }
     print(
@@ -124,7 +124,7 @@ class TakeTurns(Reporter):
 def bare_stretch(trainer: Trainer, steps: int) -> Callable[[], Times]:
     """Forward, backward and optimizer on one resident batch."""
     images, targets = next(iter(trainer.data.train.epoch()))
-    model, optimizer = trainer.network, trainer.optimizer.optimizer
+    model, optimizer = trainer.state.network, trainer.optimizer.optimizer
 
     def stretch() -> Times:
         begun = now()

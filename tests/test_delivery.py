@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def chain_by_hand(
 
 
 def perturb(module: nn.Module) -> None:
-    """Moves every parameter by noise of std 0.3, so that no LN' is a plain normalisation."""
+    """Moves every parameter by noise of std 0.3, so that no LN' is a plain normalization."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -104,16 +104,18 @@ def test_methods_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("spec", METHODS.values(), ids=METHODS.keys())
 def test_a_spec_survives_json(spec: DeliverySpec) -> None:
-    """A spec is its fields, and comes back from JSON as itself."""
+    """It is the fields that differ from their defaults, and comes back from JSON as itself."""
     fields = json.loads(json.dumps(spec.to_dict()))
-    assert list(fields) == ["pool", "input_pe", "first_layer", "hierarchical", "last_index"]
+    plain = DeliverySpec()
+    names = ["pool", "input_pe", "first_layer", "hierarchical", "last_index"]
+    assert list(fields) == [name for name in names if getattr(spec, name) != getattr(plain, name)]
     assert as_spec(fields) == spec
     assert hash(as_spec(fields)) == hash(spec)
 
 
 def test_a_spec_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
-        METHODS["mpvg"].last_index = 3  # type: ignore[misc]
+        METHODS["mpvg"].last_index = 3
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,25 @@ def test_a_chain_and_no_chain_differ_in_what_the_gradient_of_an_early_norm_sees(
         assert (delivery.layer_norms["1"].weight.grad is not None) == hierarchical
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_reference_pe_gives_through_untrained_norms_is_subtracted(name: str) -> None:
+    """From every value but the carry; the reference is not the PE, and no gradient reaches it."""
+    delivery, pos = delivery_and_pos(METHODS[name], prefix_rows=2)
+    reference_pos = torch.randn_like(pos, requires_grad=True)
+    untrained = PositionDelivery(METHODS[name], DEPTH, DIM, prefix_rows=2).double()
+    trained, reference = delivery(pos), untrained(reference_pos)
+
+    delivered = delivery(pos, reference_pos=reference_pos)
+
+    before, now = ((*values.per_layer, values.last) for values in (trained, reference))
+    for actual, value, other in zip((*delivered.per_layer, delivered.last), before, now, strict=True):
+        assert_close(actual, None if value is None else value - other)
+    assert torch.equal(delivered.carry, trained.carry)
+    if values := [value for value in (*delivered.per_layer, delivered.last) if value is not None]:
+        sum(value.sum() for value in values).backward()
+        assert reference_pos.grad is None
+
+
 def test_initial_is_pos_0_and_pos_is_where_the_chain_goes_on() -> None:
     """Hierarchical layers go on from `pos`; flat ones and the Last LN take `initial`."""
     initial = torch.randn(1, 7, DIM, dtype=torch.float64)
@@ -425,7 +446,7 @@ def test_a_token_without_a_row_receives_exactly_zero(name: str, prefix_rows: int
 
 
 class Merging(nn.Module):
-    """Tokens `(B, side * side, C)` to `(B, side * side / 4, 2 C)`: LN and Linear over 2 x 2 neighbours."""
+    """Tokens `(B, side * side, C)` to `(B, side * side / 4, 2 C)`: LN and Linear over 2 x 2 neighbors."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
@@ -484,7 +505,7 @@ class ToyStages(nn.Module):
 
 
 def merge_by_hand(x: Tensor, merging: Merging) -> Tensor:
-    """Neighbours in the order (row, column) = (0,0), (1,0), (0,1), (1,1), token by token."""
+    """Neighbors in the order (row, column) = (0,0), (1,0), (0,1), (1,1), token by token."""
     tokens = []
     for row, column in itertools.product(range(0, merging.side, 2), repeat=2):
         places = [(row, column), (row + 1, column), (row, column + 1), (row + 1, column + 1)]
@@ -496,13 +517,14 @@ def merge_by_hand(x: Tensor, merging: Merging) -> Tensor:
 def stages_by_hand(toy: ToyStages, method: str, x: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
     """The output for one image, what each of the four layers receives, and what the Last LN receives."""
     _, input_pe, first_layer, hierarchical, last_index = PAPER[method]
-    pos_0 = before = toy.pos
+    pos_0: Tensor = toy.pos
+    before = pos_0
     received: list[Tensor | None] = []
     x = x + pos_0 if input_pe else x
     for stage in (0, 1):
         if stage == 1:
             x, before, pos_0 = (merge_by_hand(value, toy.merging) for value in (x, before, pos_0))
-        for index, layer in enumerate(toy.stages[stage]):
+        for index, layer in enumerate(cast(Any, toy.stages[stage])):
             attended = norm_rows(x, layer.norm)
             if first_layer is not None:
                 before = norm_rows(before if hierarchical else pos_0, toy.delivery[stage].layer_norms[str(index)])

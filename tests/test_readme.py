@@ -1,27 +1,62 @@
-"""What the README and the docs say is what happens."""
+"""What the README and the docs say is what happens, and what they report is what the records say."""
 
+import csv
+import json
 import re
 import shlex
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import pytest
+import timm
+import torch
 
-from mpvg.cli import main
+from mpvg.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EXAMPLES = {
+    f"{page.relative_to(ROOT)}-{number}": code
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL), 1)
+}
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_python_examples_run(number: int) -> None:
-    exec(compile(EXAMPLES[number], f"README example {number + 1}", "exec"), {})
+def page(name: str) -> str:
+    """A page's text on one line, with single spaces."""
+    return " ".join((ROOT / name).read_text().split())
 
 
-def test_the_second_example_is_a_network_that_is_not_timms() -> None:
-    assert "PositionDelivery" in EXAMPLES[1]
-    assert "timm" not in EXAMPLES[1]
-    assert "create_model" not in EXAMPLES[1]
+def record(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/records/{name}.json").read_text())
+
+
+def test_the_readme_is_read_in_two_minutes() -> None:
+    assert len(README.splitlines()) <= 150
+    assert README.count("![") == 1, "one picture"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the checkpoint that they name, and without timm's download."""
+    monkeypatch.chdir(tmp_path)
+    if "deit_tiny.pth" in EXAMPLES[name]:
+        torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "deit_tiny.pth")
+    exec(compile(EXAMPLES[name].replace("pretrained=True", "pretrained=False"), name, "exec"), {})
+
+
+def test_every_page_with_examples_is_run() -> None:
+    pages = {name.rpartition("-")[0] for name in EXAMPLES}
+    assert {"README.md", "docs/own.md", "docs/finetuning.md", "docs/analysis.md"} <= pages
+
+
+def test_the_example_of_an_own_network_is_not_timms() -> None:
+    example = EXAMPLES["docs/own.md-1"]
+    assert "PositionDelivery" in example
+    assert "timm" not in example
+    assert "create_model" not in example
 
 
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,10 +69,11 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert (tmp_path / "RUN/checkpoints/last/model.safetensors").is_file()
 
 
-def test_the_table_of_networks_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    """tests/models/test_contract.py runs every cell of it."""
-    assert main(["methods", "--networks"]) == 0
-    assert capsys.readouterr().out in README
+@pytest.mark.parametrize("command", ["methods --networks", "inspect --table"])
+def test_the_tables_of_networks_are_what_the_commands_print(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """tests/models/test_contract.py runs every cell of the first."""
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out in (ROOT / "docs/networks.md").read_text()
 
 
 def test_commands_of_the_docs_have_no_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,20 +82,37 @@ def test_commands_of_the_docs_have_no_unknown_flag(capsys: pytest.CaptureFixture
     commands = [found for page in pages for found in re.findall(r"\bmpvg train --recipe [^`\n]*", page)]
     assert len(commands) >= 12
     for command in commands:
-        with pytest.raises(SystemExit, match="^0$"):
-            main([*shlex.split(command)[1:], "--print_config"])
+        try:
+            code = main([*shlex.split(command)[1:], "--print_config"])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        assert code == 0, f"{command}\n{capsys.readouterr().err}"
         assert f"recipe: {shlex.split(command)[3]}\n" in capsys.readouterr().out, command
-
-
-PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)", prose):
-        if "://" not in target:
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links {target}, which does not exist"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", prose):
+        if "://" in target:
+            continue
+        file = (ROOT / page).parent.joinpath(target) if target else ROOT / page
+        assert file.exists(), f"{page} links {target}, which does not exist"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page} links {target}{anchor}, and no heading gives that anchor"
+
+
+def anchors(file: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_index_links_every_page() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    for file in ROOT.glob("docs/**/*.md"):
+        if file.name != "index.md":
+            assert f"]({file.relative_to(ROOT / 'docs')})" in index, f"docs/index.md does not link {file.name}"
 
 
 def test_every_equation_is_mapped_to_the_line_that_names_it() -> None:
@@ -73,3 +126,154 @@ def test_every_equation_is_mapped_to_the_line_that_names_it() -> None:
             text = (ROOT / file).read_text().splitlines()[int(line) - 1]
             assert f"({match[1]})" in text, f"{file}:{line} does not name Eq. ({match[1]}): {text.strip()}"
     assert len(re.findall(r"#L\d+", (ROOT / "docs/method.md").read_text())) >= 11
+
+
+# Figures and their records.
+
+LABELS = {("gap", None): "GAP", ("gap", 1.0): "GAP, PE std 1", ("pvg", None): "PVG", ("mpvg", None): "MPVG"}
+
+
+def arms(name: str) -> dict[tuple[str, str], list[str]]:
+    """(label, epochs) -> accuracy, each seed, NLL, parameters and images per second, as the demo prints them."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in map(json.loads, (ROOT / f"results/{name}.jsonl").read_text().splitlines()):
+        runs.setdefault((LABELS[run["method"], run["pos_std"]], str(run["epochs"])), []).append(run)
+    return {
+        arm: [
+            f"{mean(100 * run['accuracy'] for run in seeds):.2f}",
+            " ".join(f"{100 * run['accuracy']:.2f}" for run in seeds),
+            f"{mean(run['nll'] for run in seeds):.4f}",
+            f"{seeds[0]['parameters']:,}",
+            f"{mean(run['images_per_second'] for run in seeds):.0f}",
+        ]
+        for arm, seeds in runs.items()
+    }
+
+
+def test_accuracies_are_those_of_the_records() -> None:
+    results = page("docs/results.md")
+    for (label, epochs), cells in arms("demo-digits").items():
+        assert " ".join([label, epochs, *cells]) in page("README.md")
+        assert " | ".join([f"| {label}", epochs, *cells]) in results
+    fashion = arms("demo-fashion-mnist")
+    for (label, epochs), cells in fashion.items():
+        assert " | ".join([f"| {label}", epochs, *cells]) in results
+    three = arms("analysis-fashion-mnist")
+    for (label, _), cells in three.items():
+        assert " | ".join([f"| {label}", *cells[:3]]) in results
+    for at in (fashion["PVG", "1"], fashion["MPVG", "1"]), (three["PVG", "4"], three["MPVG", "4"]):
+        assert f"{at[0][0]} against {at[1][0]} %" in page("README.md")
+
+
+def spread(low: float, middle: float, high: float, digits: int = 3) -> str:
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def test_costs_are_those_of_the_records() -> None:
+    cost = page("docs/cost.md")
+    found = {
+        (row["network"].split("_patch")[0], row["case"], row["ratio"]): spread(*(row["cpu"][k] for k in order))
+        for name in ("", "-networks-inference-1", "-networks-batches", "-networks-training")
+        for row in record(f"overhead{name}")["results"]
+        for order in [("low", "median", "high")]
+        if "cpu" in row
+    }
+    for label, ratio in {
+        "folded MPVG / GAP": "folded mpvg / gap",
+        "MPVG / GAP": "mpvg / gap",
+        "default / timm's DeiT-Ti": "default / timm",
+        "GAP / default": "gap / default",
+        "A/A control": "gap again / gap",
+    }.items():
+        cases = ("inference-1", "inference-32", "training-16")
+        cells = [found.get(("deit_tiny", case, ratio), "-") for case in cases]
+        assert f"| {label} | {' | '.join(cells)} |" in cost
+    for label, case, ratio, missing in (
+        ("folded MPVG / GAP, batch 1", "inference-1", "folded mpvg / gap", ""),
+        ("folded MPVG / GAP, batch 32", "inference-32", "folded mpvg / gap", "not measured"),
+        ("MPVG / GAP, batch 1, not folded", "inference-1", "mpvg / gap", ""),
+        ("MPVG / GAP, training step, batch 16", "training-16", "mpvg / gap", "discarded: its controls were off"),
+        ("default / timm's, batch 1", "inference-1", "default / timm", "-"),
+    ):
+        networks = ("swin_tiny", "ceit_tiny", "t2t_vit_7", "vit_lite_7")
+        cells = [found.get((network, case, ratio), missing) for network in networks]
+        assert f"| {label} | {' | '.join(cells)} |" in cost
+    for row in record("overhead-inference-32")["results"][:3]:
+        assert spread(*(row["cpu"][key] for key in ("low", "median", "high"))) in cost
+    for name in ("training_rate", "training_rate-deit_tiny"):
+        measured = record(name)
+        assert f"{spread(*measured['loop / bare, wall'])} | {spread(*measured['control, wall'])}" in cost
+    processes = record("processes")
+    assert spread(*processes["two / one"], digits=2) in cost
+    assert spread(*processes["control"]) in cost
+
+
+def test_memory_is_that_of_the_record() -> None:
+    scale = page("docs/scale.md")
+    for row in record("memory")["rows"]:
+        fits = f"all {row['fits']:,}" if row["fits"] == row["batch"] else f"{row['fits']:,}"
+        cells = [
+            f"`{row['recipe']}`",
+            row["precision"],
+            f"{sum(row['fixed'].values()) / 1e9:.2f}",
+            f"{row['per_image'] / 1e6:.1f}",
+            fits,
+            f"{row['batch']:,}",
+            str(row["accumulate"]),
+            f"{row['total'] / 1e9:.1f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in scale
+
+
+def test_the_rates_of_the_input_pipelines_are_those_of_the_record() -> None:
+    text, measured = page("docs/input.md"), record("input")
+    for label, key in {
+        "`fast`, all on the core": "fast",
+        "`fast`, the worker's part": "worker",
+        "`fast` without simplejpeg, all on the core": "fast (PIL)",
+        "`fast` without simplejpeg, the worker's part": "worker (PIL)",
+        "control: timm once more": "timm again",
+    }.items():
+        low, middle, high = measured["CPU"][f"{key} / timm"]
+        rate = measured["images_per_second"][key]
+        assert f"| {label} | {rate:.0f} | {middle:.2f} [{low:.2f}, {high:.2f}] |" in text
+    assert f"| timm (`auto`) | {measured['images_per_second']['timm']:.0f} | 1 |" in text
+    for who, label in ("timm", "timm"), ("fast", "`fast`"):
+        parts = ("read and decode", "crop, resize, flip", "augment, normalise")  # as in the record
+        cells = [f"{measured['ms_per_image'][f'{who}: {part}']:.2f}" for part in parts]
+        assert f"| {label} | {' | '.join(cells)} |" in text
+
+
+def test_correlations_are_those_of_the_record() -> None:
+    """Student's intervals over three seeds."""
+    rows = list(csv.DictReader((ROOT / "results/analysis-fashion-mnist.csv").read_text().splitlines()))
+    text = page("docs/analysis.md")
+
+    def places(*of: str) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            if (row["group"], row["network"]) == of:
+                found.setdefault(row["place"], []).append(float(row["r"]))
+        return found
+
+    def slopes(*of: str) -> list[float]:
+        r = places(*of)
+        return [sum((layer - 3) * r[str(layer)][seed] for layer in range(1, 6)) / 10 for seed in range(3)]
+
+    for label, of in {
+        "PVG": ("pvg", "trained"),
+        "MPVG": ("mpvg", "trained"),
+        "PVG, untrained": ("pvg", "untrained"),
+    }.items():
+        cells = [*(student(values, 2) for values in places(*of).values()), student(slopes(*of), 3)]
+        assert f"| {label} | {' | '.join(cells)} |" in text
+    assert f"untrained MPVG has {student(places('mpvg', 'untrained')['Last LN'], 2)}" in text
+    for group in ("pvg", "mpvg"):
+        pairs = zip(slopes(group, "trained"), slopes(group, "untrained"), strict=True)
+        assert f"{student([after - before for after, before in pairs], 3)} for {group.upper()}" in text
+
+
+def student(values: list[float], digits: int) -> str:
+    half = 4.302652729911275 * stdev(values) / len(values) ** 0.5
+    low, middle, high = (f"{mean(values) + shift:+.{digits}f}" for shift in (-half, 0, half))
+    return f"{middle} ({low} to {high})"

@@ -1,10 +1,10 @@
 """What a run leaves on disk, and what comes back from there."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +15,25 @@ import torch
 import yaml
 
 from mpvg import runs
+from mpvg.cli.main import main
 from mpvg.config import LoaderConfig, NetworkConfig, RunConfig
 from mpvg.delivery import DeliverySpec
 from mpvg.recipes import recipe
-from mpvg.tasks import evaluate
+from mpvg.runs import environment
+from mpvg.runs.checkpoints import (
+    Checkpoint,
+    CorruptCheckpointError,
+    checkpoint_folder,
+    latest_valid_checkpoint,
+    read_checkpoint,
+    remove_unused,
+    rollback_to,
+    save_checkpoint,
+    verify,
+)
+from mpvg.runs.files import write_json
+from mpvg.runs.metrics import append_metrics, truncate_metrics
+from mpvg.runs.run import read_config
 from mpvg.training import loop, resume, train
 
 OWN = DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)
@@ -40,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(trained: Path, tmp_path: Path) -> Iterator[Path]:
+def copy(trained: Path, tmp_path: Path) -> Path:
     """The run's files, to be damaged; it can be resumed, as its summary is missing."""
     path = tmp_path / "copy"
     shutil.copytree(trained, path, symlinks=True)
@@ -69,14 +84,14 @@ def test_a_run_folder_holds_what_is_promised(trained: Path) -> None:
 
 def test_the_config_is_the_resolved_one(trained: Path) -> None:
     written = yaml.safe_load((trained / "config.yaml").read_text())
-    assert written == config_for(trained, method=OWN.to_dict(), ema_decay=0.5).to_dict()
+    assert written == {"format": 2, **config_for(trained, method=OWN.to_dict(), ema_decay=0.5).to_dict()}
     assert runs.load(trained).config == config_for(trained, method=OWN.to_dict(), ema_decay=0.5)
 
 
 def test_the_threads_that_were_used_are_written(tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    trainer = loop.Trainer.of(config_for(tmp_path / "run", threads=None), quiet=True)
-    run = runs.start(trainer.config, trainer.data.info)
+    trainer = loop.Trainer.create(config_for(tmp_path / "run", threads=None), quiet=True)
+    run = runs.create_run(trainer.config, trainer.data.info)
     assert runs.load(run.path).config.threads == 2
     assert json.loads((run.path / "environment.json").read_text())["threads"] == 2
 
@@ -106,8 +121,8 @@ def test_the_summary_is_one_line_with_what_a_study_collects(trained: Path) -> No
     assert summary["config_hash"] == run.config.digest()
     assert summary["method"] == OWN.to_dict()
     assert summary["seed"] == 0
-    assert summary["hardware"] == runs.hardware()
-    assert summary["commit"] == runs.commit()
+    assert summary["hardware"] == environment.hardware()
+    assert summary["commit"] == environment.commit()
     (line,) = run.metrics()
     for name in ("accuracy", "nll", "ema_accuracy", "ema_nll"):
         assert summary[name] == line[name]
@@ -116,10 +131,10 @@ def test_the_summary_is_one_line_with_what_a_study_collects(trained: Path) -> No
 
 
 def test_the_commit_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = runs.commit()
+    found = environment.commit()
     assert found is None or len(found.removesuffix("-dirty")) == 12
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    assert runs.commit() is None
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.commit() is None
 
 
 # ---- what comes back
@@ -130,9 +145,9 @@ def test_an_own_method_survives_the_folder_with_its_weights(trained: Path) -> No
     model: Any = run.model()
     assert model.delivery.spec == OWN
     assert not model.training
-    images, _ = next(iter(run.data(torch.device("cpu")).val.epoch()))
-    other: Any = runs.build_model(run.config, run.info)
-    other.load_state_dict(runs.load_checkpoint(trained)[0]["model"])
+    images, _ = next(iter(run.validation(torch.device("cpu")).epoch()))
+    other: Any = run.task().build_model(init=False)
+    other.load_state_dict(read_checkpoint(trained).tensors["model"])
     assert torch.equal(model(images), other.eval()(images))
 
 
@@ -142,10 +157,8 @@ def test_a_loaded_model_scores_what_the_metrics_say(trained: Path, ema: bool) ->
     (line,) = run.metrics()
     prefix = "ema_" if ema else ""
     for which in ("last", "best"):
-        scores = evaluate(run.model(which, ema=ema), run.data(torch.device("cpu")).val)  # type: ignore[arg-type]
-        assert scores.accuracy == line[f"{prefix}accuracy"]
-        assert scores.top5 == line[f"{prefix}top5"]
-        assert scores.nll == line[f"{prefix}nll"]
+        found = run.task().evaluate(run.model(which, ema=ema), run.validation(torch.device("cpu")))
+        assert found.metrics == {name: line[f"{prefix}{name}"] for name in ("accuracy", "top5", "nll")}
     assert line["nll"] != line["ema_nll"]
 
 
@@ -159,7 +172,7 @@ def test_the_preprocessing_is_that_of_validation(trained: Path) -> None:
     _, images, _, targets = train_test_split(
         digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0
     )
-    batch, classes = next(iter(run.data(torch.device("cpu")).val.epoch()))
+    batch, classes = next(iter(run.validation(torch.device("cpu")).epoch()))
     assert classes.tolist() == targets[: len(classes)].tolist()
     for image, expected in zip(images[:20], batch, strict=False):
         picture = Image.fromarray((image * 255 / 16).round().astype("uint8"))
@@ -167,7 +180,7 @@ def test_the_preprocessing_is_that_of_validation(trained: Path) -> None:
 
 
 def test_a_config_of_a_run_trains_the_same_again(trained: Path, tmp_path: Path) -> None:
-    config = replace(runs.read_config(trained / "config.yaml"), out=str(tmp_path / "again"))
+    config = replace(read_config(trained / "config.yaml"), out=str(tmp_path / "again"))
     train(config, quiet=True)
     weights = "checkpoints/last/model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (trained / weights).read_bytes()
@@ -204,19 +217,42 @@ def test_a_taken_folder_is_refused_before_anything_is_read(trained: Path, tmp_pa
 
 
 def test_an_empty_folder_and_one_whose_making_was_cut_off_are_free(tmp_path: Path) -> None:
-    runs.check_free(tmp_path)
+    runs.ensure_new_run_dir(tmp_path)
     (tmp_path / "data.json").write_text("{}")
     (tmp_path / ".environment.json.writing").write_text("{")
-    runs.check_free(tmp_path)
+    runs.ensure_new_run_dir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileExistsError):
-        runs.check_free(tmp_path)
+        runs.ensure_new_run_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("3", "has format 3, and this version of mpvg reads 1 to 2; update mpvg"),
+        *(
+            (text, f"format is {value}; allowed: 1 to 2; restore it from a copy of the run")
+            for text, value in (("true", "True"), ("'2'", "'2'"), ("0", "0"), ("-1", "-1"), ("2.0", "2.0"))
+        ),
+    ],
+)
+def test_a_folder_of_another_format_is_refused_in_one_line(
+    copy: Path, capsys: pytest.CaptureFixture[str], format: str, message: str
+) -> None:
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("format: 2\n", f"format: {format}\n"))
+    for command in (["evaluate", str(copy)], ["train", "--resume", str(copy)]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"mpvg: error: {copy}/config.yaml")
+        assert said.endswith(f"{message}\n")
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.yaml", "a: [1", r"config\.yaml is no readable YAML"),
+        ("config.yaml", "a: [1", r"config\.yaml is not readable YAML"),
         ("config.yaml", "just words", r"config\.yaml holds no config"),
         ("config.yaml", "data: digits", r"config\.yaml: config key model is missing"),
         ("data.json", "{", r"data\.json is damaged .*; restore it from a copy"),
@@ -225,7 +261,8 @@ def test_an_empty_folder_and_one_whose_making_was_cut_off_are_free(tmp_path: Pat
         ("checkpoints/last/state.json", "{", r"state\.json is damaged"),
         ("checkpoints/last/state.json", "{}", r"checkpoints/last is damaged \(KeyError: 'digest'\); restore it"),
         ("checkpoints/last/state.json", "[]", r"checkpoints/last is damaged \(TypeError"),
-        ("checkpoints/last/model.safetensors", "", r"model\.safetensors is damaged or no \.safetensors file"),
+        ("checkpoints/last/state.json", '{"digest": 1}', r"checkpoints/last is damaged \(AttributeError"),
+        ("checkpoints/last/model.safetensors", "", r"model\.safetensors is damaged or not a \.safetensors file"),
         ("checkpoints/last/optimizer.safetensors", "x" * 99, r"optimizer\.safetensors is damaged"),
         ("checkpoints/last/optimizer.safetensors", None, r"checkpoints/last is damaged \(KeyError: 'optimizer'\)"),
         ("checkpoints/last/ema.safetensors", None, r"checkpoints/last is damaged \(KeyError: 'ema'\)"),
@@ -276,7 +313,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused(copy: Path, name: 
 @pytest.mark.parametrize("content", ["{", "[]", "[1]", "null", '{"model.safetensors": 1}'])
 def test_damaged_hashes_are_damage_too(copy: Path, content: str) -> None:
     (copy / "checkpoints/last/checksums.json").write_text(content)
-    with pytest.raises(runs.Damaged, match=r"is damaged \("):
+    with pytest.raises(CorruptCheckpointError, match=r"is damaged \("):
         resume(copy, quiet=True)
 
 
@@ -286,13 +323,49 @@ def test_a_file_that_may_not_be_read_is_no_damage(copy: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(PermissionError):
-        runs.newest_whole(copy)
+        latest_valid_checkpoint(copy)
 
 
 def test_an_old_run_has_no_hashes_and_is_read_all_the_same(copy: Path, trained: Path) -> None:
     (copy / "checkpoints/last/checksums.json").unlink()
     runs.load(copy).model(ema=True)
     assert resume(copy, quiet=True)["nll"] == runs.load(trained).metrics()[0]["nll"]
+
+
+def test_a_resume_reads_and_hashes_each_file_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {file.read_bytes(): file for file in (copy / "checkpoints/last").iterdir()}
+    read: list[str] = []
+    hashed: list[str] = []
+    read_bytes, sha256 = Path.read_bytes, hashlib.sha256
+
+    def spy_on_reading(path: Path) -> bytes:
+        if path.parent.parent == copy / "checkpoints":
+            read.append(path.name)
+        return read_bytes(path)
+
+    def spy_on_hashing(content: bytes, **options: Any) -> Any:
+        if content in files:
+            hashed.append(files[content].name)
+        return sha256(content, **options)
+
+    monkeypatch.setattr(Path, "read_bytes", spy_on_reading)
+    monkeypatch.setattr(hashlib, "sha256", spy_on_hashing)
+    monkeypatch.setattr("mpvg.models.checkpoints.load_file", None)  # safetensors would read without Path
+    resume(copy, quiet=True)
+    assert sorted(read) == sorted(file.name for file in files.values())
+    assert sorted(hashed) == sorted(set(read) - {"checksums.json"})
+
+
+def test_a_state_of_format_1_without_a_best_value_has_none(copy: Path) -> None:
+    file = copy / "checkpoints/last/state.json"
+    (copy / "checkpoints/last/checksums.json").unlink()
+    for written, expected in ((-1.0, None), (0.0, 0.0), (None, None)):
+        state = json.loads(file.read_text())
+        state["position"]["best"] = written
+        file.write_text(json.dumps(state))
+        trainer = loop.Trainer.create(replace(runs.load(copy).config, out=str(copy)), quiet=True)
+        trainer.state.restore(trainer.run, trainer.accelerator)
+        assert trainer.progress.best == expected
 
 
 def test_weights_of_another_network_are_refused(copy: Path, tmp_path: Path) -> None:
@@ -325,7 +398,7 @@ def test_other_data_under_the_same_name_are_refused(copy: Path) -> None:
     with pytest.raises(ValueError, match=r"digits has 10 classes \(0, 1, 2, 3, 4, \.\.\.\), but .* on 2 \(cat, dog\)"):
         resume(copy, quiet=True)
     with pytest.raises(ValueError, match="digits has 10 classes"):
-        runs.load(copy).data(torch.device("cpu"))
+        runs.load(copy).validation(torch.device("cpu"))
 
 
 def test_data_that_are_prepared_in_another_way_are_refused(trained: Path) -> None:
@@ -334,22 +407,34 @@ def test_data_that_are_prepared_in_another_way_are_refused(trained: Path) -> Non
     with pytest.raises(
         ValueError, match=r"images of digits are prepared as 1 x 16 x 16, .* trained on 1 x 8 x 8, mean"
     ):
-        larger.data(torch.device("cpu"))
+        larger.validation(torch.device("cpu"))
 
 
-# ---- the metrics
+# ---- files and metrics
+
+
+def test_a_file_that_cannot_be_written_keeps_what_it_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "a.json", "old")
+
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"cannot write .*a\.json \(No space left on device\); make room, then give the"):
+        write_json(tmp_path / "a.json", "new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.json": '"old"\n'}
 
 
 def test_metrics_are_cut_to_whole_lines_up_to_a_step(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
-        runs.append_metrics(tmp_path, {"epoch": epoch, "step": 10 * epoch})
+        append_metrics(tmp_path, {"epoch": epoch, "step": 10 * epoch})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "st')  # a process that was killed
-    run = runs.Run(tmp_path, config_for(tmp_path), None)  # type: ignore[arg-type]
+    run = runs.Run(tmp_path, config_for(tmp_path), None)
     assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
-    runs.cut_metrics(tmp_path, 20)
+    truncate_metrics(tmp_path, 20)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "step": 10}\n{"epoch": 2, "step": 20}\n'
-    runs.cut_metrics(tmp_path, 0)
+    truncate_metrics(tmp_path, 0)
     assert run.metrics() == []
 
 
@@ -358,20 +443,21 @@ def test_a_line_of_metrics_that_was_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"metrics\.jsonl is damaged \(line 2: .*\); restore it from a copy of the run"
     ):
-        runs.cut_metrics(tmp_path, 3)
+        truncate_metrics(tmp_path, 3)
 
 
 def test_numbers_in_the_metrics_are_exact(tmp_path: Path) -> None:
     value = math.pi / 3 * 1e-7
-    runs.append_metrics(tmp_path, {"step": 1, "nll": value})
-    assert runs.Run(tmp_path, config_for(tmp_path), None).metrics()[0]["nll"] == value  # type: ignore[arg-type]
+    append_metrics(tmp_path, {"step": 1, "nll": value})
+    assert runs.Run(tmp_path, config_for(tmp_path), None).metrics()[0]["nll"] == value
 
 
 # ---- checkpoints
 
 
 def save(path: Path, step: int, *, best: bool) -> None:
-    runs.save_checkpoint(path, step, {"model": {"w": torch.full((3,), float(step))}}, {"step": step}, best=best)
+    tensors = {"model": {"w": torch.full((3,), float(step))}}
+    save_checkpoint(path, step, Checkpoint(tensors, {"step": step}), best=best)
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
@@ -379,10 +465,10 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path: Path) -> None:
     for step, best in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False)):
         save(tmp_path, step, best=best)
         kept.append(sorted(int(file.name[5:]) for file in (tmp_path / "checkpoints").glob("step-*")))
-        tensors, state = runs.load_checkpoint(tmp_path)
+        tensors, state = read_checkpoint(tmp_path)
         assert (tensors["model"]["w"].tolist(), state) == ([step] * 3, {"step": step})
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6]]
-    assert json.loads((runs.checkpoint_folder(tmp_path, "best") / "state.json").read_text()) == {"step": 5}
+    assert json.loads((checkpoint_folder(tmp_path, "best") / "state.json").read_text()) == {"step": 5}
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == [
         "best",
         "last",
@@ -395,31 +481,36 @@ def test_the_newest_whole_checkpoint_is_found_behind_damaged_ones(tmp_path: Path
     for step in (1, 2, 3, 4):
         save(tmp_path, step, best=step == 1)
     root = tmp_path / "checkpoints"
-    assert runs.newest_whole(tmp_path) == ("last", [])
+
+    def found(path: Path) -> tuple[str, int, list[str]]:
+        latest = latest_valid_checkpoint(path)
+        return latest.name, latest.checkpoint.state["step"], [str(problem) for problem in latest.problems]
+
+    assert found(tmp_path) == ("last", 4, [])
     (root / "step-00000004/checksums.json").write_text("{}")  # as good as none: nothing in it is wrong
-    assert runs.newest_whole(tmp_path) == ("last", [])
+    assert found(tmp_path) == ("last", 4, [])
     shutil.rmtree(root / "step-00000004")
     (root / "step-00000003/state.json").write_text("{}")
-    name, problems = runs.newest_whole(tmp_path)
-    assert name == "step-00000001"  # the best
-    assert [str(problem) for problem in problems] == [
+    name, step, problems = found(tmp_path)
+    assert (name, step) == ("step-00000001", 1)  # the best
+    assert problems == [
         f"{root}/last is damaged (it is missing)",
         f"{root}/step-00000003/state.json is damaged (its SHA-256 is not the one in checksums.json)",
     ]
     (root / "step-00000001/model.safetensors").unlink()
-    with pytest.raises(runs.Damaged, match=r"last is damaged .*, and so are 2 older; restore it from a copy"):
-        runs.newest_whole(tmp_path)
+    with pytest.raises(CorruptCheckpointError, match=r"last is damaged .*, and so are 2 older; restore it from a copy"):
+        latest_valid_checkpoint(tmp_path)
 
 
 def test_going_back_gives_up_a_later_best(tmp_path: Path) -> None:
     for step, best in ((1, True), (2, False), (3, True)):
         save(tmp_path, step, best=best)
-    runs.go_back_to(tmp_path, "step-00000002")
-    runs.remove_unused(tmp_path)
+    rollback_to(tmp_path, "step-00000002")
+    remove_unused(tmp_path)
     assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000002"]
-    assert runs.load_checkpoint(tmp_path)[1] == {"step": 2}
+    assert read_checkpoint(tmp_path).state == {"step": 2}
     save(tmp_path, 3, best=True)
-    runs.verify(tmp_path / "checkpoints/best", ["model.safetensors"])
+    verify(tmp_path / "checkpoints/best", ["model.safetensors"])
 
 
 def test_damaged_weights_are_refused_with_the_ways_on(tmp_path: Path) -> None:
@@ -430,26 +521,26 @@ def test_damaged_weights_are_refused_with_the_ways_on(tmp_path: Path) -> None:
         (tmp_path / f"checkpoints/{which}/model.safetensors").write_bytes(b"")
     said = {}
     for which in ("last", "best"):
-        with pytest.raises(runs.Damaged) as caught:
-            runs.verify(tmp_path / "checkpoints" / which, ["model.safetensors"])
+        with pytest.raises(CorruptCheckpointError) as caught:
+            verify(tmp_path / "checkpoints" / which, ["model.safetensors"])
         said[which] = str(caught.value).partition("; ")[2]
     copied = "restore it from a copy of the run, or give --checkpoint"
-    again = f"`mpvg train --resume {tmp_path}` trains on from there"
+    again = f"`mpvg train --resume {tmp_path}` continues from there"
     assert said == {"last": f"{copied} best, or go back to step-00000002: {again}", "best": f"{copied} last"}
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(runs.Damaged, match=f"step-00000002: remove {tmp_path}/summary.json, and `mpvg train"):
-        runs.verify(tmp_path / "checkpoints/last", ["model.safetensors"])
+    with pytest.raises(CorruptCheckpointError, match=f"step-00000002: remove {tmp_path}/summary.json, and `mpvg train"):
+        verify(tmp_path / "checkpoints/last", ["model.safetensors"])
 
 
 def test_there_is_no_checkpoint_before_the_first(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no 'best' checkpoint; it stopped before the first was saved"):
-        runs.checkpoint_folder(tmp_path, "best")
+        checkpoint_folder(tmp_path, "best")
 
 
 def test_a_folder_can_be_moved_with_its_links(tmp_path: Path) -> None:
     save(tmp_path / "old", 1, best=True)
     (tmp_path / "old").rename(tmp_path / "new")
-    assert runs.load_checkpoint(tmp_path / "new")[1] == {"step": 1}
+    assert read_checkpoint(tmp_path / "new").state == {"step": 1}
 
 
 def test_the_loader_may_be_another_on_another_machine() -> None:

@@ -7,21 +7,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpvg.tasks import classification_loss, evaluate, predict
+from mpvg.data import ImageBatch
+from mpvg.tasks.classification import classification_loss, evaluate, predict
 
 
 class Listed:
-    """Batches that lie in a list."""
+    """Batches in a list."""
 
     skipped = 0
 
-    def __init__(self, *batches: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, *batches: ImageBatch) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[ImageBatch]:
         yield from self.batches[start:]
 
 
@@ -58,7 +59,7 @@ def test_the_loss_of_probabilities_is_the_cross_entropy_and_is_not_smoothed_agai
 @pytest.mark.parametrize("classes", [3, 7])
 @pytest.mark.parametrize("sizes", [(1,), (4, 4), (5, 2), (1, 1, 1)])
 def test_scores_count_each_image_once(classes: int, sizes: tuple[int, ...]) -> None:
-    batches = [(torch.randn(size, classes), torch.randint(classes, (size,))) for size in sizes]
+    batches = [ImageBatch(torch.randn(size, classes), torch.randint(classes, (size,))) for size in sizes]
     right = among_five = count = 0
     nll = 0.0
     for images, targets in batches:
@@ -69,10 +70,10 @@ def test_scores_count_each_image_once(classes: int, sizes: tuple[int, ...]) -> N
             nll -= log_probability(image, target)
             count += 1
     scores = evaluate(Doubled().train(), Listed(*batches))
-    assert scores.count == count == sum(sizes)
-    assert scores.accuracy == right / count
-    assert scores.top5 == among_five / count
-    assert scores.nll == pytest.approx(nll / count, rel=1e-6)
+    assert scores.images == count == sum(sizes)
+    assert scores.metrics["accuracy"] == right / count
+    assert scores.metrics["top5"] == among_five / count
+    assert scores.metrics["nll"] == pytest.approx(nll / count, rel=1e-6)
 
 
 def test_nothing_to_score_is_refused() -> None:
@@ -82,7 +83,7 @@ def test_nothing_to_score_is_refused() -> None:
 
 def test_a_prediction_names_the_most_probable_classes() -> None:
     images = torch.tensor([[0.0, 1.0, -1.0], [3.0, 0.0, 2.0]])
-    first, second = predict(Doubled().train(), images, ("a", "b", "c"), k=2)
+    first, second = (found.classes for found in predict(Doubled().train(), images, ("a", "b", "c"), k=2))
     assert [name for name, _ in first] == ["b", "a"]
     assert [name for name, _ in second] == ["a", "c"]
     assert first[0][1] == pytest.approx(math.exp(log_probability([0, 2, -2], 1)), rel=1e-6)
@@ -90,7 +91,8 @@ def test_a_prediction_names_the_most_probable_classes() -> None:
 
 
 def test_a_prediction_has_no_more_classes_than_there_are() -> None:
-    ((*found,),) = predict(Doubled(), torch.randn(1, 3), ("a", "b", "c"))
+    (prediction,) = predict(Doubled(), torch.randn(1, 3), ("a", "b", "c"))
+    found = list(prediction.classes)
     assert sorted(name for name, _ in found) == ["a", "b", "c"]
     assert sum(probability for _, probability in found) == pytest.approx(1)
     assert found == sorted(found, key=lambda pair: -pair[1])

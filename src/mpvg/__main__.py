@@ -2,7 +2,7 @@
 
 import sys
 
-from mpvg.cli import main
+from mpvg.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

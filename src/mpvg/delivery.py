@@ -8,11 +8,12 @@
     Eq. (10)  PVG     pos_l = LN'_l(pos_{l-1}),  l = 1..L                 hierarchical=True
     Eq. (11)  MPVG    y = LN(x_{L+1}) + LN'_last(pos_0)                   last_index=0
 
-LN'_l is a LayerNorm of its own beside the layer's LN_l. L is the index of the last layer (11 of 12). pos_0 is always
-the raw PE, and pos_k what layer k receives. No pos_l depends on an image, so the chain is computed once, before layer
-0, and a network is handed finished values: a method is data, and nothing outside this file asks for its name.
+LN'_l is a separate LayerNorm, next to the layer's own LN_l. L is the index of the last layer (11 of 12). pos_0 is
+always the raw PE, and pos_k is what layer k receives. No pos_l depends on an image, so the chain is computed once,
+before layer 0, and a network only receives finished values. A method is therefore data: no code outside this file
+asks for its name.
 
-This file needs torch and nothing else.
+This file imports torch and the standard library only.
 """
 
 import dataclasses
@@ -30,10 +31,10 @@ Pool = Literal["token", "avg"]
 
 @dataclass(frozen=True, kw_only=True)
 class DeliverySpec:
-    """What a method says; JSON-safe through `to_dict` and `as_spec`.
+    """What a method delivers, and where; `to_dict` and `as_spec` convert it to JSON-safe values and back.
 
     Raises:
-        ValueError: a field has a value it cannot have, or `last_index` names a pos_k that is never made.
+        ValueError: a field has a value that is not allowed, or `last_index` names a pos_k that is never computed.
     """
 
     pool: Pool = "avg"
@@ -41,11 +42,11 @@ class DeliverySpec:
     input_pe: bool = True
     """Whether the PE is added to the tokens before layer 0."""
     first_layer: Literal[0, 1] | None = None
-    """First layer that receives a PE of its own; None: no layer does."""
+    """First layer that receives a PE at its attention input; None: no layer does."""
     hierarchical: bool = True
     """LN'_l takes pos_{l-1} (True), or pos_0 at every layer (False)."""
     last_index: int | None = None
-    """k of the pos_k that goes through LN'_last to the Last LN; None: none does."""
+    """k of the pos_k that is delivered to the Last LN, through LN'_last; None: nothing is."""
 
     def __post_init__(self) -> None:
         if self.pool not in get_args(Pool):
@@ -62,8 +63,9 @@ class DeliverySpec:
             raise ValueError(f"last_index is {k}, but without first_layer only pos_0 exists; set first_layer, or use 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-safe values."""
-        return dataclasses.asdict(self)
+        """The fields that differ from their defaults, as JSON-safe values: a field that is added later changes none."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
 
 
 _MPVG = DeliverySpec(first_layer=1, last_index=0)
@@ -84,14 +86,14 @@ METHODS: dict[str, DeliverySpec] = {
     "mpvg_flat": replace(_MPVG, hierarchical=False),  # Table 6, row 2
     "mpvg_no_input_pe": replace(_MPVG, input_pe=False),  # Table 6, row 3
 }
-"""The methods of the paper by name: Tables 1 to 6, and Figs. 1 and 5."""
+"""The paper's methods by name: Tables 1 to 6, and Figs. 1 and 5."""
 
 Method = str | DeliverySpec | Mapping[str, Any]
-"""Wherever a method is asked for: its name, a spec, or a spec's fields."""
+"""How a method may be given: its name, a spec, or the fields of a spec."""
 
 
 def as_spec(method: Method) -> DeliverySpec:
-    """Returns the spec that a name, a spec or a spec's fields stand for.
+    """Returns the spec for a name, a spec or the fields of a spec.
 
     Raises:
         ValueError: the name is not in METHODS, or a field does not exist.
@@ -115,32 +117,32 @@ def as_spec(method: Method) -> DeliverySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkTraits:
-    """What a network can do, as far as a method may ask for it."""
+    """What a network can do, as far as methods depend on it."""
 
     name: str
-    """For messages."""
+    """The network's name, for error messages."""
     depth: int
     """Number of layers, over all stages."""
     readouts: tuple[Pool, ...] = ("token", "avg")
-    """The read-outs that the network has."""
+    """The read-outs that the network supports."""
     first_layer: Literal[0, 1] = 1
-    """The first layer that PVG serves in it: 1, or 0 where the authors always serve layer 0 (Swin)."""
+    """The first layer that receives a PE under PVG: 1, or 0 where the authors always include layer 0 (Swin)."""
     uniform_width: bool = True
-    """Whether every pos_k is as wide as the Last LN, so that any of them can be delivered to it."""
+    """Whether every pos_k has as many channels as the Last LN, so that any of them can be delivered to it."""
 
 
 def resolve(method: Method, traits: NetworkTraits) -> DeliverySpec:
     """Returns the spec as a network with these traits runs it.
 
     Raises:
-        ValueError: the network cannot do what the method says; the message gives the reason.
+        ValueError: the network cannot run the method; the message gives the reason.
     """
     spec = as_spec(method)
     if spec.first_layer is not None:
-        # A network that always serves layer 0 has no variant without it; one that starts at 1 still obeys LaPE's 0.
+        # Swin has no variant without layer 0; in other networks, methods that start at layer 0 (LaPE) still do.
         spec = replace(spec, first_layer=min(spec.first_layer, traits.first_layer))
     if spec.pool not in traits.readouts:
-        # The published baselines mean "the network's own read-out"; everything else asks for this read-out as such.
+        # The two published baselines use the network's own read-out; any other method needs the read-out it names.
         if spec not in (METHODS["default"], METHODS["lape"]):
             raise ValueError(
                 f"{traits.name} cannot read out by {spec.pool!r}: it has {', '.join(traits.readouts)}; "
@@ -159,60 +161,64 @@ def resolve(method: Method, traits: NetworkTraits) -> DeliverySpec:
 
 
 class DeliveredPE(NamedTuple):
-    """Finished values for one forward pass; `(1, rows, dim)` each, where rows are the network's tokens."""
+    """Finished values for one forward pass, each `(1, rows, dim)` with one row per token."""
 
     per_layer: tuple[Tensor | None, ...]
-    """What layer l adds to its attention input LN_l(x_l); None: nothing."""
+    """What is added to the attention input LN_l(x_l) of layer l; None: nothing."""
     last: Tensor | None
     """What is added to the output of the Last LN, on every token, before the mean; None: nothing."""
     carry: Tensor
-    """The chain's last value, `(1, pos rows, dim)`: where a staged network's next stage goes on."""
+    """The last value of the chain, `(1, pos rows, dim)`: the input of the next stage in a network with stages."""
 
 
 class PositionDelivery(nn.Module):
-    """Turns a raw PE into what each layer and the Last LN receive.
+    """Computes what each layer and the Last LN receive from the raw PE.
 
     Args:
         spec: a resolved method.
-        depth: number of layers served from here (of a stage, in a staged network).
+        depth: number of layers of the network, or of the stage that this module belongs to.
         dim: channels of the PE.
-        eps: epsilon of every LN', the network's own.
-        prefix_rows: leading tokens without a row in the PE (registers, say): they receive zeros.
+        eps: epsilon of every LN'; the network's own.
+        prefix_rows: number of leading tokens without a row in the PE, for example registers; they receive zeros.
 
-    Parameters are `layer_norms.<layer>.{weight,bias}` and `last_norm.{weight,bias}`, at 1 and 0; a layer that receives
-    nothing has no entry.
+    The parameters are `layer_norms.<layer>.{weight,bias}` and `last_norm.{weight,bias}`, initialized to 1 and 0. A
+    layer that receives nothing has no entry.
     """
 
-    start: Tensor | None
-    """The raw PE from which a network goes on unchanged, for its owner to pass to `forward`; None: none."""
-    averages_to_zero = False
-    """Whether the mean of `last` is already in the Last LN's beta, so that a mean over tokens may leave `last` out."""
+    reference_pos: Tensor | None
+    """A copy of the raw PE, for the owner to pass to `forward`: what it gives through untrained LN' is subtracted, so
+    that a converted network starts with unchanged outputs. None: nothing is subtracted."""
+    last_mean_folded = False
+    """Whether the Last LN's beta already contains the mean of `last`, so that the mean over tokens can omit `last`."""
 
     def __init__(self, spec: DeliverySpec, depth: int, dim: int, *, eps: float = 1e-6, prefix_rows: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.depth = depth
         self.prefix_rows = prefix_rows
-        served = range(0) if spec.first_layer is None else range(spec.first_layer, depth)
-        self.layer_norms = nn.ModuleDict({str(layer): nn.LayerNorm(dim, eps=eps) for layer in served})
+        layers = range(0) if spec.first_layer is None else range(spec.first_layer, depth)
+        self.layer_norms = nn.ModuleDict({str(layer): nn.LayerNorm(dim, eps=eps) for layer in layers})
         self.last_norm = None if spec.last_index is None else nn.LayerNorm(dim, eps=eps)
-        self.register_buffer("start", None)
+        self.register_buffer("reference_pos", None)
 
-    def forward(self, pos: Tensor, initial: Tensor | None = None, *, start: Tensor | None = None) -> DeliveredPE:
-        """Computes the chain once.
+    def forward(
+        self, pos: Tensor, initial: Tensor | None = None, *, reference_pos: Tensor | None = None
+    ) -> DeliveredPE:
+        """Computes the whole chain.
 
         Args:
-            pos: the raw PE, or the chain's value that an earlier stage carried here, `(1, rows, dim)`.
-            initial: pos_0, where it is not `pos`: the raw PE as earlier stages brought it here.
-            start: a raw PE, `(1, rows, dim)`; what it gave while every LN' was at 1 and 0 is taken off each value.
+            pos: the raw PE, or the `carry` of the previous stage, `(1, rows, dim)`.
+            initial: pos_0, if it is not `pos`: the raw PE after the previous stages' merging.
+            reference_pos: a raw PE, `(1, rows, dim)`; the values that it gives with every LN' at 1 and 0 are
+                subtracted from the delivered ones.
         """
         delivered = self._chain(pos, pos if initial is None else initial, nn.LayerNorm.__call__)
-        if start is None:
+        if reference_pos is None:
             return delivered
         with torch.no_grad():
-            before = self._chain(start, start, _untrained)
-        per_layer = tuple(map(_less, delivered.per_layer, before.per_layer))
-        return DeliveredPE(per_layer, _less(delivered.last, before.last), delivered.carry)
+            reference = self._chain(reference_pos, reference_pos, _untrained_norm)
+        per_layer = tuple(map(_subtract, delivered.per_layer, reference.per_layer))
+        return DeliveredPE(per_layer, _subtract(delivered.last, reference.last), delivered.carry)
 
     def _chain(self, pos: Tensor, pos_0: Tensor, apply: Callable[[Any, Tensor], Tensor]) -> DeliveredPE:
         chain: dict[int, Tensor] = {0: pos_0}
@@ -220,46 +226,46 @@ class PositionDelivery(nn.Module):
         carry = pos
         for key, norm in self.layer_norms.items():
             carry = apply(norm, carry if self.spec.hierarchical else pos_0)  # Eqs. (7), (10); flat: Table 6, row 2
-            received[int(key)] = self._over_tokens(carry)  # added to LN_l(x_l) by the layer: Eqs. (6), (9)
+            received[int(key)] = self._pad_prefix(carry)  # added to LN_l(x_l) by the layer: Eqs. (6), (9)
             if int(key) > 0:
                 chain[int(key)] = carry
         last = None
         if self.last_norm is not None and self.spec.last_index is not None:
-            last = self._over_tokens(apply(self.last_norm, chain[self.spec.last_index]))  # Eq. (11); k > 0: Table 5
+            last = self._pad_prefix(apply(self.last_norm, chain[self.spec.last_index]))  # Eq. (11); k > 0: Table 5
         return DeliveredPE(tuple(received.get(layer) for layer in range(self.depth)), last, carry)
 
     def prune(self, depth: int, *, keep_last: bool) -> None:
-        """Keeps what the first `depth` layers receive, and what the Last LN receives if `keep_last`."""
+        """Keeps only what the first `depth` layers receive and, if `keep_last`, what the Last LN receives."""
         if not keep_last:
             self.last_norm = None
         k = -1 if self.last_norm is None or self.spec.last_index is None else self.spec.last_index
         for layer in map(int, list(self.layer_norms)):
-            # pos_k rests on the chain up to k, or, flat, on LN'_k alone.
+            # pos_k needs every LN' up to LN'_k if hierarchical, and LN'_k alone otherwise.
             if layer >= depth and (layer > k if self.spec.hierarchical else layer != k):
                 del self.layer_norms[str(layer)]
         self.depth = depth
 
-    def _over_tokens(self, value: Tensor) -> Tensor:
+    def _pad_prefix(self, value: Tensor) -> Tensor:
         return F.pad(value, (0, 0, self.prefix_rows, 0)) if self.prefix_rows else value
 
     def extra_repr(self) -> str:
-        """The spec, for `print(model)`."""
+        """Shows the spec in `print(model)`."""
         return f"{self.spec}"
 
 
-def _untrained(norm: nn.LayerNorm, value: Tensor) -> Tensor:
+def _untrained_norm(norm: nn.LayerNorm, value: Tensor) -> Tensor:
     return F.layer_norm(value, norm.normalized_shape, eps=norm.eps)
 
 
-def _less(now: Tensor | None, before: Tensor | None) -> Tensor | None:
-    return None if now is None or before is None else now - before
+def _subtract(value: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if value is None or other is None else value - other
 
 
 def describe(spec: DeliverySpec, depth: int) -> list[tuple[str, str]]:
-    """Says in words what each place of a network with `depth` layers receives.
+    """Describes what each place of a network with `depth` layers receives.
 
     Returns:
-        Pairs (place, what it receives): "input", "layer 0", ..., "Last LN"; "-" where it is nothing.
+        Pairs (place, what it receives) for "input", "layer 0", ..., "Last LN"; "-" means nothing.
     """
 
     def received(layer: int) -> str:

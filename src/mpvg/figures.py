@@ -1,31 +1,58 @@
-"""All drawing: curves, heatmaps, overlays, and what receives what."""
+"""All drawing with matplotlib: curves, heatmaps, overlays on images, and the diagram of what each layer receives.
 
-from collections.abc import Mapping, Sequence
+Every function draws or saves with this module's own settings. The matplotlib settings and the backend of the program
+that calls it are neither used nor changed, and pyplot is not involved.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
 
-matplotlib.use("Agg")
-# The same numbers give the same file: no date, no random identifiers, text as text.
-matplotlib.rcParams.update({"svg.hashsalt": "mpvg", "svg.fonttype": "none", "font.size": 10, "axes.grid": True})
-matplotlib.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
-
-# Colours that are told apart with any kind of colour vision: Okabe and Ito's, and maps without red beside green.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-matplotlib.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
+# Colors that can be told apart with any kind of color vision (Okabe and Ito), and color maps without red and green.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 SIGNED, UNSIGNED = "PuOr", "viridis"
 
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+_SETTINGS: dict[Any, Any] = {
+    # matplotlib's own defaults, whatever its user has set; the backend stays, because changing it could open windows.
+    **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
+    # The same numbers give the same file: no random identifiers, and text stays text.
+    "svg.hashsalt": "mpvg",
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLORS),
+}
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
 """Name of a line -> its repetitions (seeds), each a series of values."""
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
+
+def _with_settings(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Lets a function draw or save with `_SETTINGS`; the caller's settings are restored afterwards."""
+
+    @wraps(function)
+    def wrapper(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with matplotlib.rc_context(_SETTINGS):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_with_settings
 def lines(
     curves: Curves,
     title: str,
@@ -39,26 +66,28 @@ def lines(
     """Draws the mean of each line over its repetitions, and their range as a band.
 
     Args:
-        curves: the lines; repetitions of one line have the same length.
-        title: above the axes.
+        curves: the lines; all repetitions of one line have the same length.
+        title: title of the figure.
         x: label of the horizontal axis.
         y: label of the vertical axis.
-        first: where the first value stands on the horizontal axis.
-        ticks: names of places on the horizontal axis, where they are no numbers.
-        controls: lines that are controls -> the line each is one of, drawn before it; dashed, in its colour.
+        first: position of the first value on the horizontal axis.
+        ticks: position on the horizontal axis -> its label; None: the positions are numbers.
+        controls: control line -> the line that it belongs to, which comes before it in `curves`; the control is dashed
+            and has the color of that line.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    colours: dict[str, Any] = {}
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    colors: dict[str, Any] = {}
     for name, repetitions in curves.items():
         columns = list(zip(*repetitions, strict=True))
-        places = range(first, first + len(columns))
+        positions = range(first, first + len(columns))
         means = [sum(c) / len(c) for c in columns]
-        of = (controls or {}).get(name)
-        style: dict[str, Any] = {"linestyle": "--", "color": colours[of]} if of else {}
-        (line,) = axes.plot(places, means, label=name, marker="o" if ticks else None, **style)
-        colours[name] = line.get_color()
+        controlled = (controls or {}).get(name)
+        style: dict[str, Any] = {"linestyle": "--", "color": colors[controlled]} if controlled else {}
+        (line,) = axes.plot(positions, means, label=name, marker="o" if ticks else None, **style)
+        colors[name] = line.get_color()
         axes.fill_between(
-            places, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
+            positions, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
         )
     if ticks:
         axes.set_xticks(list(ticks), list(ticks.values()))
@@ -72,115 +101,117 @@ def lines(
 
 
 class Panel(NamedTuple):
-    """A column of Fig. 2."""
+    """One layer, a column of Fig. 2."""
 
     name: str
-    tokens: Any
-    """Mean over images of the tokens behind the LN, `(N, C)`."""
-    pe: Any
-    """What they are compared with, `(N, C)`."""
+    """Its label."""
+    tokens: ArrayLike
+    """Mean over images of the tokens after the LN, `(N, C)`."""
+    pe: ArrayLike
+    """The position embedding (PE) that they are compared with, `(N, C)`."""
     r: float
+    """Pearson's correlation of the two."""
     delivered: bool
+    """Whether this PE is delivered to the layer; otherwise it is the raw PE."""
 
 
+@_with_settings
 def heatmaps(panels: Sequence[Panel], title: str) -> Figure:
-    """Draws tokens above the PE of every layer, patches by channels (Figs. 2 and 8); one scale a row of panels."""
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(1.25 * len(panels) + 1.2, 4.4), layout="constrained", squeeze=False
-    )
+    """Draws the tokens of every layer and its PE below them, patches by channels (Figs. 2 and 8); one scale per row."""
+    figure = Figure(figsize=(1.25 * len(panels) + 1.2, 4.4), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
     for row, (kind, values) in enumerate((("tokens", [p.tokens for p in panels]), ("PE", [p.pe for p in panels]))):
         limit = max(float(np.quantile(np.abs(np.asarray(value)), 0.995)) for value in values)
-        for place, value in zip(axes[row], values, strict=True):
-            image = place.imshow(value, aspect="auto", cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
-            place.set(xticks=[], yticks=[])
-            place.grid(visible=False)
+        for axis, value in zip(axes[row], values, strict=True):
+            image = axis.imshow(value, aspect="auto", cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
         axes[row, 0].set_ylabel(f"{kind}\npatches")
         figure.colorbar(image, ax=axes[row], pad=0.005, fraction=0.02)
-    for place, panel in zip(axes[0], panels, strict=True):
-        place.set_title(f"{panel.name}\nr {panel.r:+.2f}", fontsize=9)
-    for place, panel in zip(axes[1], panels, strict=True):
-        place.set_xlabel("channels" if panel.delivered else "channels\n(raw PE)", fontsize=8)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.set_title(f"{panel.name}\nr {panel.r:+.2f}", fontsize=9)
+    for axis, panel in zip(axes[1], panels, strict=True):
+        axis.set_xlabel("channels" if panel.delivered else "channels\n(raw PE)", fontsize=8)
     figure.suptitle(title)
     return figure
 
 
-def norm_maps(rows: Sequence[tuple[str, Any, Any]], title: str) -> Figure:
-    """Draws an image and, over it, the norm of every token (Fig. 7); one scale for each kind of norm, over all rows.
+@_with_settings
+def norm_maps(rows: Sequence[tuple[str, ArrayLike, Mapping[str, NDArray[Any]]]], title: str) -> Figure:
+    """Draws images, and the norm of every token over them (Fig. 7); all rows share one scale for each kind of norm.
 
     Args:
-        rows: name, image `(H, W)` or `(H, W, 3)` in [0, 1], and maps by name, each `(h, w)`.
-        title: above them.
+        rows: label, image `(H, W)` or `(H, W, 3)` in [0, 1], and kind of norm -> map `(h, w)`; the kinds are the same
+            in all rows.
+        title: title of the figure.
     """
     kinds = list(rows[0][2])
-    figure, axes = plt.subplots(
-        len(rows),
-        1 + len(kinds),
-        figsize=(2.1 * (1 + len(kinds)), 2.1 * len(rows) + 0.5),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(2.1 * (1 + len(kinds)), 2.1 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), 1 + len(kinds), squeeze=False)
     ranges = {k: (min(m[k].min() for _, _, m in rows), max(m[k].max() for _, _, m in rows)) for k in kinds}
-    for number, (line, (name, image, maps)) in enumerate(zip(axes, rows, strict=True)):
+    for number, (row, (name, image, maps)) in enumerate(zip(axes, rows, strict=True)):
         size = (0, np.asarray(image).shape[1], np.asarray(image).shape[0], 0)
-        for place in line:
-            place.imshow(image, cmap="gray", extent=size)
-            place.set(xticks=[], yticks=[])
-            place.grid(visible=False)
-        line[0].set_ylabel(name, fontsize=8)
-        for place, kind in zip(line[1:], kinds, strict=True):
+        for axis in row:
+            axis.imshow(image, cmap="gray", extent=size)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+        row[0].set_ylabel(name, fontsize=8)
+        for axis, kind in zip(row[1:], kinds, strict=True):
             low, high = ranges[kind]
-            drawn = place.imshow(maps[kind], cmap=UNSIGNED, vmin=low, vmax=high, alpha=0.7, extent=size)
-            place.set_title(kind if number == 0 else "", fontsize=9)
+            drawn = axis.imshow(maps[kind], cmap=UNSIGNED, vmin=low, vmax=high, alpha=0.7, extent=size)
+            axis.set_title(kind if number == 0 else "", fontsize=9)
             if number == len(rows) - 1:
-                figure.colorbar(drawn, ax=place, orientation="horizontal", fraction=0.06)
+                figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.06)
     figure.suptitle(title)
     return figure
 
 
+@_with_settings
 def side_by_side(panels: Mapping[str, Curves], x: str, y: str, *, ticks: Mapping[int, str] | None = None) -> Figure:
-    """Draws several sets of lines beside each other, on one vertical scale; means over repetitions.
+    """Draws several sets of lines side by side, with a common vertical axis; each line is a mean over its repetitions.
 
     Args:
         panels: title -> lines.
         x: label of the horizontal axes.
         y: label of the vertical axis.
-        ticks: names of places on the horizontal axes, where they are no numbers.
+        ticks: position on the horizontal axes -> its label; None: the positions are numbers.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(6.4, 3.6 * len(panels)), 3.4), layout="constrained", sharey=True, squeeze=False
-    )
-    for place, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    figure = Figure(figsize=(max(6.4, 3.6 * len(panels)), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for name, repetitions in curves.items():
             means = np.mean(np.asarray(repetitions, dtype=float), axis=0)
-            place.plot(means, label=name, marker="o" if ticks else None, linewidth=1)
-        place.set(title=title, xlabel=x)
+            axis.plot(means, label=name, marker="o" if ticks else None, linewidth=1)
+        axis.set(title=title, xlabel=x)
         if ticks:
-            place.set_xticks(list(ticks), list(ticks.values()))
+            axis.set_xticks(list(ticks), list(ticks.values()))
     axes[0, 0].set_ylabel(y)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
+@_with_settings
 def delivery_diagram(rows: Sequence[tuple[str, str]], readout: str, title: str, path: Path) -> None:
-    """Draws the network as a column of boxes, bottom up, and beside each what it receives (Fig. 3).
+    """Draws the network as a column of boxes, bottom up, and next to each box the PE that it receives (Fig. 3).
 
     Args:
-        rows: place and what it receives, as `mpvg.delivery.describe` gives them.
-        readout: how the tokens become one vector.
-        title: above the column.
-        path: file to write; its ending chooses the format.
+        rows: part of the network and what it receives, as returned by `mpvg.delivery.describe`.
+        readout: how the tokens are reduced to one vector.
+        title: title of the figure.
+        path: file to write; its suffix determines the format.
 
     Raises:
-        ValueError: the ending is none that can be written.
+        ValueError: matplotlib cannot write this format.
     """
     boxes = [*rows, (readout, "-"), ("head", "-")]
-    figure, axes = plt.subplots(figsize=(5.2, 0.42 * len(boxes) + 0.6), layout="constrained")
-    for height, (place, received) in enumerate(boxes):
+    figure = Figure(figsize=(5.2, 0.42 * len(boxes) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    for height, (part, received) in enumerate(boxes):
         served = received != "-"
-        colour = "#dbe9f6" if served else "#f2f2f2"
+        color = "#dbe9f6" if served else "#f2f2f2"
         axes.text(
-            0, height, place, ha="center", va="center", bbox={"boxstyle": "round,pad=0.3", "fc": colour, "ec": "#888"}
+            0, height, part, ha="center", va="center", bbox={"boxstyle": "round,pad=0.3", "fc": color, "ec": "#888"}
         )
         if served:
             arrow = {"arrowstyle": "->", "color": "#2166ac"}
@@ -195,9 +226,9 @@ def delivery_diagram(rows: Sequence[tuple[str, str]], readout: str, title: str, 
     save(figure, path)
 
 
+@_with_settings
 def save(figure: Figure, *paths: Path) -> None:
-    """Writes a figure to files, whose endings choose the format, and closes it; same figure, same bytes."""
+    """Writes a figure to files, whose suffixes determine the format; the same numbers always give the same bytes."""
     for path in paths:
-        dated = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
-        figure.savefig(path, dpi=150, metadata={dated: None} if dated else None)
-    plt.close(figure)
+        date_field = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
+        figure.savefig(path, dpi=150, metadata={date_field: None} if date_field else None)

@@ -1,4 +1,4 @@
-"""Two runs of two methods on digits, trained once for all tests of a process."""
+"""Runs of two methods on digits, trained and analyzed once for all tests of a process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from mpvg.analysis import report
+from mpvg.analysis.report import Options
 from mpvg.recipes import recipe
 from mpvg.training import train
 
@@ -26,3 +28,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_run(root / f"{method}-{seed}", method, seed)
     torch.set_num_threads(threads)
     return root
+
+
+@pytest.fixture(scope="session")
+def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of all three runs."""
+    out = tmp_path_factory.mktemp("report")
+    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], out, Options(sensitivity_images=20))
+    return out

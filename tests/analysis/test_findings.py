@@ -12,8 +12,8 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from mpvg.analysis import statistics
-from mpvg.analysis.findings import Findings, PlaceFindings, Value, summarise
+from mpvg import statistics
+from mpvg.analysis.findings import Estimate, Findings, LayerFindings, summarize
 from mpvg.analysis.probe import LAST, collect
 from mpvg.data import DataInfo
 from mpvg.models import create_model
@@ -65,8 +65,8 @@ def images_for(network: str, count: int) -> Tensor:
 
 
 def findings(model: Any, images: Tensor, info: DataInfo = NOISE, groups: int = 20) -> Findings:
-    batch = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.split(16)]
-    return summarise(model, collect(model, batch, info, groups=groups))
+    batch = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in images.split(7)]
+    return summarize(model, collect(model, batch, info, groups=groups))
 
 
 @torch.no_grad()
@@ -87,12 +87,12 @@ def tokens_at_norms(model: Any, images: Tensor) -> list[tuple[np.ndarray, np.nda
 
 def by_numpy_norm(x: np.ndarray, norm: Any) -> np.ndarray:
     weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return np.asarray(centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + norm.eps) * weight + bias)
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return np.asarray(centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + norm.eps) * weight + bias)
 
 
 def pes(model: Any, method: str) -> list[tuple[np.ndarray, bool]]:
-    """What a plain network of 4 layers delivers to each place, and whether it does; otherwise its raw PE."""
+    """What a plain network of 4 layers delivers to each LN, and whether it delivers anything; otherwise its raw PE."""
     raw = model.pos_embed.detach()[0].numpy()
     first = {"pvg": 1, "mpvg": 1, "pvg_token": 1, "lape_gap": 0}.get(method, 4)
     found, value = [], raw
@@ -105,43 +105,43 @@ def pes(model: Any, method: str) -> list[tuple[np.ndarray, bool]]:
     return [(pe[model.num_prefix_tokens :], delivered) for pe, delivered in found]
 
 
-def assert_place(place: PlaceFindings, seen: tuple[np.ndarray, np.ndarray], pe: np.ndarray) -> None:
-    before, behind = seen
-    mean, target = behind.mean(axis=0).flatten(), pe.flatten()
-    assert place.r.value == pytest.approx(np.corrcoef(mean, target)[0, 1], abs=1e-10)
-    each = [np.corrcoef(one.flatten(), target)[0, 1] for one in behind]
-    assert place.r_each.value == pytest.approx(np.mean(each), abs=1e-10)
-    assert place.spearman == pytest.approx(scipy.stats.spearmanr(mean, target).statistic, abs=1e-10)
+def assert_layer(layer: LayerFindings, seen: tuple[np.ndarray, np.ndarray], pe: np.ndarray) -> None:
+    before, after = seen
+    mean, target = after.mean(axis=0).flatten(), pe.flatten()
+    assert layer.r.value == pytest.approx(np.corrcoef(mean, target)[0, 1], abs=1e-10)
+    each = [np.corrcoef(one.flatten(), target)[0, 1] for one in after]
+    assert layer.r_each.value == pytest.approx(np.mean(each), abs=1e-10)
+    assert layer.spearman == pytest.approx(scipy.stats.spearmanr(mean, target).statistic, abs=1e-10)
     cosine = mean @ target / math.sqrt((mean @ mean) * (target @ target))
-    assert place.cosine.value == pytest.approx(cosine, abs=1e-10)
-    assert place.r_before == pytest.approx(np.corrcoef(before.mean(axis=0).flatten(), target)[0, 1], abs=1e-10)
+    assert layer.cosine.value == pytest.approx(cosine, abs=1e-10)
+    assert layer.r_before == pytest.approx(np.corrcoef(before.mean(axis=0).flatten(), target)[0, 1], abs=1e-10)
     values = np.linalg.svd(pe, compute_uv=False)
     shares = values / values.sum()
-    assert place.pe_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)), abs=1e-9)
+    assert layer.pe_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)), abs=1e-9)
     side = math.isqrt(len(pe))
-    assert place.pe_spectrum == pytest.approx(statistics.spectrum(torch.from_numpy(pe), (side, side)), abs=1e-10)
+    assert layer.pe_spectrum == pytest.approx(statistics.spectrum(torch.from_numpy(pe), (side, side)), abs=1e-10)
 
 
 @pytest.mark.parametrize("network", ["ViT", "ViT-Lite", "T2T-ViT", "timm's"])
 @pytest.mark.parametrize("method", ["gap", "pvg", "mpvg", "default", "pvg_token", "lape_gap", "gap_last0"])
-def test_every_place_has_the_numbers_of_the_paper(network: str, method: str) -> None:
-    model, images = build(network, method), images_for(network, 44)
-    found, seen, delivered = findings(model, images), tokens_at_norms(model, images), pes(model, method)
-    assert [place.name for place in found.places] == ["0", "1", "2", "3", LAST]
-    for place, tokens, (pe, served) in zip(found.places, seen, delivered, strict=True):
-        assert place.delivered == served
-        assert_place(place, tokens, pe)
-        for value in (place.r, place.r_each, place.cosine):
+def test_every_layer_has_the_numbers_of_the_paper(network: str, method: str) -> None:
+    model, images = build(network, method), images_for(network, 12)
+    found, seen, delivered = findings(model, images, groups=5), tokens_at_norms(model, images), pes(model, method)
+    assert [layer.name for layer in found.places] == ["0", "1", "2", "3", LAST]
+    for layer, tokens, (pe, served) in zip(found.places, seen, delivered, strict=True):
+        assert layer.delivered == served
+        assert_layer(layer, tokens, pe)
+        for value in (layer.r, layer.r_each, layer.cosine):
             assert value.interval is not None
             assert value.interval.low < value.interval.high
-    layers = [place for place in found.places[:4] if place.delivered] or found.places[:4]
-    assert found.slope_layers == [int(place.name) for place in layers]
-    slope = np.polyfit(found.slope_layers, [place.r.value for place in layers], 1)[0]
+    layers = [layer for layer in found.places[:4] if layer.delivered] or found.places[:4]
+    assert found.slope_layers == [int(layer.name) for layer in layers]
+    slope = np.polyfit(found.slope_layers, [layer.r.value for layer in layers], 1)[0]
     assert found.slope is not None
     assert found.slope.value == pytest.approx(slope, abs=1e-10)
     assert found.slope.interval is not None
     assert len(found.missing) == int(method in ("gap", "default"))
-    assert found.images == 44
+    assert found.images == 12
     with torch.no_grad():
         assert found.accuracy == pytest.approx(float((model(images).argmax(dim=1) == 0).double().mean()))
 
@@ -155,8 +155,8 @@ def test_an_interval_is_of_the_images_of_the_groups_that_are_drawn() -> None:
     for counts in statistics.resamples(4).int().tolist():
         chosen = [image for image in range(22) for _ in range(counts[image % 4])]
         rs = [
-            np.corrcoef(behind[chosen].mean(axis=0).flatten(), pe.flatten())[0, 1]
-            for (_, behind), (pe, _) in zip(seen[:4], delivered, strict=False)
+            np.corrcoef(after[chosen].mean(axis=0).flatten(), pe.flatten())[0, 1]
+            for (_, after), (pe, _) in zip(seen[:4], delivered, strict=False)
         ]
         drawn["r"].append(rs[2])
         drawn["slope"].append(np.polyfit([1, 2, 3], rs[1:], 1)[0])
@@ -244,7 +244,7 @@ def test_rows_and_norms_go_into_the_findings() -> None:
 # ---- what is not there
 
 
-def values(found: Findings) -> list[Value]:
+def values(found: Findings) -> list[Estimate]:
     places = [value for place in found.places for value in (place.r, place.r_each, place.cosine)]
     return [value for value in [*places, found.slope, found.last.mean_token, found.last.mean_token_bare] if value]
 
@@ -254,8 +254,8 @@ def test_intervals_need_two_images_in_each_group(count: int, enough: bool) -> No
     found = findings(build("ViT", "mpvg"), images_for("ViT", count))
     assert len(values(found)) == 5 * 3 + 3
     assert all((value.interval is not None) == enough for value in values(found))
-    said = f"{count} images are too few for an interval; allowed: 40 or more"
-    assert found.missing == ([] if enough else [said])
+    expected = f"{count} images are too few for confidence intervals; at least 40 are needed"
+    assert found.missing == ([] if enough else [expected])
     assert all(math.isfinite(value.value) for value in values(found))
 
 
@@ -263,13 +263,13 @@ def test_a_method_that_delivers_nothing_is_compared_with_the_raw_pe_and_says_so(
     found = findings(build("ViT", "gap"), images_for("ViT", 40))
     assert found.slope_layers == [0, 1, 2, 3]
     assert found.missing == [
-        "the method delivers no PE: tokens are compared with the raw PE, which they do not receive there"
+        "the method delivers no PE: tokens are compared with the raw PE, which the layers do not receive"
     ]
     swin = findings(build("Swin", "gap"), images_for("Swin", 40))
     assert [place.name for place in swin.places] == ["0", "1"]
     assert swin.slope_layers == [0, 1]
     assert [text.split(":")[0] for text in swin.missing] == ["2", "3", LAST, "the method delivers no PE"]
-    assert "of another stage" in swin.missing[0]
+    assert "the raw PE belongs to another stage" in swin.missing[0]
 
 
 def test_one_layer_has_no_slope() -> None:
@@ -325,7 +325,9 @@ def test_weights_without_value_are_refused(part: str, value: float) -> None:
     model = build("ViT", "mpvg")
     with torch.no_grad():
         model.get_parameter(part).view(-1)[0] = value
-    with pytest.raises(ValueError, match="answers with NaN or infinite values; its weights are of no use"):
+    with pytest.raises(
+        ValueError, match="the outputs of the network contain NaN or infinite values; use another checkpoint"
+    ):
         collect(model, batches("ViT"), NOISE)
     assert model.probe is None
 
@@ -338,10 +340,10 @@ def test_no_image_is_refused() -> None:
 
 
 def test_a_network_whose_read_out_has_no_ln_on_the_tokens_is_refused() -> None:
-    """timm's own average pooling normalises the mean: there is no Last LN that tokens go through."""
+    """timm's own average pooling normalizes the mean: there is no Last LN that tokens go through."""
     network = "timm's, averaging with class token"
     model = build(network, "pvg", fc_norm=True)
     assert isinstance(model.norm, nn.Identity)
-    with pytest.raises(ValueError, match="no Last LN on its tokens.*readout='method'"):
+    with pytest.raises(ValueError, match="no Last LN with weight and bias on its tokens.*readout='method'"):
         collect(model, batches(network), NOISE)
     collect(build(network, "pvg", fc_norm=True, readout="method"), batches(network), NOISE)

@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import sync_playwright
 
-from mpvg.analysis import report
-from mpvg.analysis.report import Options
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def opened(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """The page of two runs, what it complained of, and what it fetched."""
+def opened(written: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
+    """The page of two methods, what it complained of, and what it fetched."""
     assert CHROMIUM, "these tests need a browser; on Debian: apt-get install chromium"
-    out = tmp_path_factory.mktemp("page")
-    made = report.analyze([trained / "mpvg-0", trained / "gap-0"], out, Options(images=80))
     complaints: list[str] = []
     fetched: list[str] = []
     with sync_playwright() as browsers:
@@ -28,7 +23,7 @@ def opened(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: fetched.append(request.url))
-        page.goto(made.page.as_uri())
+        page.goto((written / "report.html").as_uri())
         page.wait_for_selector("#correlation .plot-container")
         yield page, complaints, fetched
         browser.close()
@@ -43,12 +38,12 @@ def test_nothing_fails_and_nothing_is_fetched(opened: tuple[Any, list[str], list
 def test_the_pictures_are_there(opened: tuple[Any, list[str], list[str]]) -> None:
     page, _, _ = opened
     sizes = page.eval_on_selector_all("figure img", "all => all.map(image => image.naturalWidth)")
-    assert len(sizes) == 5
+    assert len(sizes) == 8
     assert min(sizes) > 300
-    assert page.locator("#correlation .scatterlayer .trace").count() == 4  # two runs, trained and untrained
+    assert page.locator("#correlation .scatterlayer .trace").count() == 4  # two methods, trained and untrained
     assert page.locator("#last .scatterlayer .trace").count() == 5  # gamma and beta, and MPVG's shifted beta
     assert page.title() == page.locator("h1").text_content() == "What position embeddings do"
-    assert page.locator("#said h3").all_text_contents() == ["mpvg", "gap"]
+    assert page.locator("#sentences h3").all_text_contents() == ["mpvg", "gap"]
 
 
 def test_a_curve_tells_its_values(opened: tuple[Any, list[str], list[str]]) -> None:
@@ -74,7 +69,7 @@ def test_the_picker_shows_another_image(opened: tuple[Any, list[str], list[str]]
         return found
 
     first, second = drawn(0), drawn(5)
-    assert len(first) == len(second) == 4  # two runs, before and behind
+    assert len(first) == len(second) == 4  # two methods, before and after
     assert all(one != other for one, other in zip(first, second, strict=True))
     assert drawn(0) == first
     assert complaints == []
@@ -84,5 +79,5 @@ def test_the_pointer_tells_the_norm_of_a_token(opened: tuple[Any, list[str], lis
     page, _, _ = opened
     page.locator("#thumbnails button").nth(3).click()
     page.locator("#norms canvas").nth(1).hover(position={"x": 200, "y": 30})
-    norm = page.evaluate("norms.runs[0].maps[3].behind[0][3]")
-    assert page.locator("#value").text_content() == f"mpvg, behind the Last LN, row 0, column 3: {norm}"
+    norm = page.evaluate("norms.runs[0].maps[3].after[0][3]")
+    assert page.locator("#value").text_content() == f"mpvg, after the Last LN, row 0, column 3: {norm}"

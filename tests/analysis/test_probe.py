@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpvg.analysis.probe import LAST, PICKED, Collected, Place, collect
-from mpvg.analysis.statistics import GroupedMean
+from mpvg.analysis.probe import LAST, MAX_SAMPLES, LayerStats, ProbeResult, collect
 from mpvg.data import DataInfo
 from mpvg.models import create_model
 from mpvg.models.fold import fold
+from mpvg.statistics import GroupedMean
 from reference import scattered
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -71,7 +71,7 @@ class Seen:
     """Of one LN, `(images, rows, channels)` each."""
 
     before: np.ndarray
-    behind: np.ndarray
+    after: np.ndarray
     received: np.ndarray
     """What came on, LN' of the PE or zeros: the attention's, or the head's, input less the LN's output."""
 
@@ -153,27 +153,27 @@ def delivered_layers(network: str, method: str) -> tuple[set[int], bool]:
     return set(range(first, depth)), method == "mpvg"
 
 
-def assert_place(place: Place, seen: Seen, raw: np.ndarray, prefix: int, delivered: bool) -> None:
-    before, behind, received = (x[:, prefix:] for x in (seen.before, seen.behind, seen.received))
-    near(place.tokens, sum(before))
-    near(place.normed, np.stack([sum(behind[group::GROUPS]) for group in range(GROUPS)]))
-    assert place.delivered == delivered
+def assert_layer(stats: LayerStats, seen: Seen, raw: np.ndarray, prefix: int, delivered: bool) -> None:
+    before, after, received = (x[:, prefix:] for x in (seen.before, seen.after, seen.received))
+    near(stats.before, sum(before))
+    near(stats.after, np.stack([sum(after[group::GROUPS]) for group in range(GROUPS)]))
+    assert stats.delivered == delivered
     assert (np.abs(received).max() > 0.1) == delivered
     np.testing.assert_allclose(received, np.broadcast_to(received[0], received.shape), rtol=0, atol=1e-12)
     raw = raw[len(raw) - before.shape[1] :] if len(raw) >= before.shape[1] else raw
     pe = received[0] if delivered else raw
     if pe.shape[1] != before.shape[2]:  # a later stage of Swin
-        assert place.pe is None
-        assert place.each.counts.sum() == 0
+        assert stats.pe is None
+        assert stats.image_r.counts.sum() == 0
         return
-    near(place.pe, pe)
-    grouped(place.each, [np.corrcoef(one.flatten(), pe.flatten())[0, 1] for one in behind])
+    near(stats.pe, pe)
+    grouped(stats.image_r, [np.corrcoef(one.flatten(), pe.flatten())[0, 1] for one in after])
 
 
-def assert_last(found: Collected, seen: Seen, prefix: int, images: Tensor, *, token: bool, one_vector: bool) -> None:
-    last, behind = found.last, seen.behind + seen.received
+def assert_last(found: ProbeResult, seen: Seen, prefix: int, images: Tensor, *, token: bool, one_vector: bool) -> None:
+    last, after = found.last, seen.after + seen.received
     skip = 0 if one_vector else prefix
-    each = list(zip(seen.before, seen.behind, behind, strict=True))
+    each = list(zip(seen.before, seen.after, after, strict=True))
     grouped(last.mean_token, [cosine(a[skip:].mean(axis=0), c[skip:].mean(axis=0)) for a, _, c in each])
     grouped(last.mean_token_bare, [cosine(a[skip:].mean(axis=0), b[skip:].mean(axis=0)) for a, b, _ in each])
     if token:
@@ -183,14 +183,14 @@ def assert_last(found: Collected, seen: Seen, prefix: int, images: Tensor, *, to
     assert last.auc is None
     if one_vector:
         assert last.rows is None
-        assert found.picked == []
+        assert found.samples == []
         return
     grouped(last.rows, [[cosine(x, y) for x, y in zip(a, c, strict=True)] for a, _, c in each])
-    assert len(found.picked) == min(PICKED, len(images))
-    for at, one in enumerate(found.picked):
+    assert len(found.samples) == min(MAX_SAMPLES, len(images))
+    for at, one in enumerate(found.samples):
         assert torch.equal(one.image, images[at])
         near(one.before, [math.sqrt(sum(row * row)) for row in seen.before[at, prefix:]])
-        near(one.behind, [math.sqrt(sum(row * row)) for row in behind[at, prefix:]])
+        near(one.after, [math.sqrt(sum(row * row)) for row in after[at, prefix:]])
 
 
 @pytest.mark.parametrize(("network", "method"), CELLS)
@@ -210,33 +210,33 @@ def test_what_is_collected_is_what_the_layers_saw(network: str, method: str) -> 
     served, to_last = delivered_layers(network, method)
     one_vector = network == "CeiT"
     names = [str(layer) for layer in range(len(layers))] + ([] if one_vector else [LAST])
-    assert [place.name for place in found.places] == names
-    for layer, (place, seen) in enumerate(zip(found.places, layers, strict=False)):
-        assert_place(place, seen, raw, prefix, layer in served)
+    assert [stats.name for stats in found.layers] == names
+    for layer, (stats, seen) in enumerate(zip(found.layers, layers, strict=False)):
+        assert_layer(stats, seen, raw, prefix, layer in served)
     if not one_vector:
-        assert_place(found.places[-1], last, raw, prefix, to_last)
+        assert_layer(found.layers[-1], last, raw, prefix, to_last)
     assert_last(found, last, prefix, images, token=token, one_vector=one_vector)
 
 
-def test_places_of_a_later_stage_have_no_pe_unless_one_is_delivered() -> None:
+def test_layers_of_a_later_stage_have_no_pe_unless_one_is_delivered() -> None:
     images = in_batches(images_for("Swin"), 4)
     for method, fitting in (("gap", "0 1"), ("pvg", "0 1 2 3"), ("mpvg", f"0 1 2 3 {LAST}")):
         found = collect(build("Swin", method), images, NOISE)
-        assert " ".join(place.name for place in found.places if place.pe is not None) == fitting
-        assert len(found.places) == 5
+        assert " ".join(stats.name for stats in found.layers if stats.pe is not None) == fitting
+        assert len(found.layers) == 5
 
 
 # ---- what must not matter
 
 
-def numbers(found: Collected) -> dict[str, Tensor]:
+def numbers(found: ProbeResult) -> dict[str, Tensor]:
     """Everything that was found, by name."""
     values = {"counts": found.counts, "correct": torch.tensor(float(found.correct))}
-    for place in found.places:
-        own: dict[str, Any] = {"tokens": place.tokens, "normed": place.normed, "pe": place.pe, "each": place.each}
-        values |= flat({f"{place.name} {name}": value for name, value in own.items()})
+    for stats in found.layers:
+        own: dict[str, Any] = {"before": stats.before, "after": stats.after, "pe": stats.pe, "image_r": stats.image_r}
+        values |= flat({f"{stats.name} {name}": value for name, value in own.items()})
     values |= flat(vars(found.last))
-    for at, one in enumerate(found.picked):
+    for at, one in enumerate(found.samples):
         values |= flat({f"{at} {name}": value for name, value in vars(one).items()})
     return values
 
@@ -301,8 +301,8 @@ def test_what_is_kept_is_not_a_part_of_the_batch() -> None:
             yield buffer.copy_(image), torch.zeros(1, dtype=torch.int64)
 
     found = collect(model, reusing(), NOISE)
-    assert all(torch.equal(one.image, images[at]) for at, one in enumerate(found.picked))
-    for one in collect(model, in_batches(images, 7), NOISE).picked:
+    assert all(torch.equal(one.image, images[at]) for at, one in enumerate(found.samples))
+    for one in collect(model, in_batches(images, 7), NOISE).samples:
         assert one.image.untyped_storage().nbytes() == one.image.nbytes
 
 
@@ -312,17 +312,17 @@ def test_images_to_look_at_are_spread_evenly() -> None:
     everything = collect(model, in_batches(images, 8), NOISE)
     for every, expected in ((4, range(0, 48, 4)), (7, range(0, 50, 7)), (100, [0])):
         found = collect(model, in_batches(images, 8), NOISE, keep_every=every)
-        assert len(found.picked) == len(expected)
-        for one, at in zip(found.picked, expected, strict=True):
+        assert len(found.samples) == len(expected)
+        for one, at in zip(found.samples, expected, strict=True):
             assert torch.equal(one.image, images[at])
-        assert torch.equal(found.places[0].normed, everything.places[0].normed)
-    assert len(everything.picked) == PICKED == 12
+        assert torch.equal(found.layers[0].after, everything.layers[0].after)
+    assert len(everything.samples) == MAX_SAMPLES == 12
 
 
 # ---- refusals
 
 
-def test_no_probe_is_left_behind() -> None:
+def test_no_probe_is_left_after() -> None:
     model, images = build("ViT", "mpvg"), images_for("ViT")
     collect(model, in_batches(images, 3), NOISE)
     assert model.probe is None
@@ -342,7 +342,7 @@ def test_a_folded_network_is_refused_or_shows_the_same(network: str) -> None:
     """Refused where a part of its PE has gone into a bias; with all of the PE in place nothing is lost."""
     batches = in_batches(images_for(network), 4)
     folded = fold(build(network, "mpvg"))
-    with pytest.raises(ValueError, match="the network is folded.*analyse the one it was folded from"):
+    with pytest.raises(ValueError, match="the network is folded.*analyze the network before folding"):
         collect(folded, batches, NOISE)
     assert folded.probe is None
     model = build(network, "pvg")
@@ -356,7 +356,7 @@ def test_a_raw_pe_of_another_grid_is_not_compared() -> None:
     model = build("ViT", "gap", dynamic_img_size=True)
     images = torch.randn(4, 3, 4, 4, dtype=torch.float64)
     found = collect(model, in_batches(images, 2), NOISE)
-    assert [place.pe for place in found.places] == [None] * 4
+    assert [stats.pe for stats in found.layers] == [None] * 4
 
 
 # ---- where the object is
@@ -388,7 +388,7 @@ def test_norms_are_told_apart_by_hand(name: str, method: str) -> None:
         if not on:
             continue
         pair = []
-        for tokens in (last.before[at, prefix:], last.behind[at, prefix:] + last.received[at, prefix:]):
+        for tokens in (last.before[at, prefix:], last.after[at, prefix:] + last.received[at, prefix:]):
             norms = [math.sqrt(sum(row * row)) for row in tokens]
             wins = [norms[i] > norms[j] for i in range(16) for j in range(16) if i in on and j not in on]
             pair.append(sum(wins) / len(wins))

@@ -9,22 +9,29 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from mpvg import cli, runs
-from mpvg.analysis import report, sentences
-from mpvg.analysis.findings import Analysed, Findings, Value
+from mpvg import figures, runs
+from mpvg.analysis import drawing, report
+from mpvg.analysis.findings import AnalyzedRun, Estimate, Findings
 from mpvg.analysis.report import Options
-from mpvg.analysis.statistics import Interval
-from mpvg.saving import read_metrics
+from mpvg.analysis.sentences import make_sentences
+from mpvg.cli.main import main
+from mpvg.runs.checkpoints import Checkpoint, save_checkpoint
+from mpvg.runs.metrics import read_metrics
+from mpvg.seeding import seed_everything
+from mpvg.statistics import Interval
 
 
-@pytest.fixture(scope="session")
-def written(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of all three runs."""
-    out = tmp_path_factory.mktemp("report")
-    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], out, Options(beyond=40))
-    return out
+@pytest.fixture(scope="module")
+def of_30_images(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one run, whose name and that of one that is missing are HTML, on few images."""
+    root = tmp_path_factory.mktemp("few")
+    evil = root / "<img src=x onerror=alert(1)>"
+    shutil.copytree(trained / "mpvg-0", evil, symlinks=True)
+    report.analyze([evil, root / "</script><b>"], root / "out", Options(images=30))
+    return root / "out"
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -67,8 +74,21 @@ def test_the_accuracy_is_that_of_the_run(trained: Path, written: Path) -> None:
         assert one["trained"]["accuracy"] == read_metrics(trained / Path(one["run"]).name)[-1]["accuracy"]
 
 
-def test_the_same_command_writes_the_same_numbers(trained: Path, written: Path, tmp_path: Path) -> None:
-    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], tmp_path, Options(beyond=40))
+def test_the_same_command_writes_the_same_numbers(
+    trained: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two figures are drawn again; tests/test_figures.py draws all kinds twice."""
+    save = figures.save
+
+    def save_two(figure: Figure, *paths: Path) -> None:
+        if paths[0].stem in ("fig4", "fig7"):
+            save(figure, *paths)
+            return
+        for path in paths:
+            shutil.copy(written / "figures" / path.name, path)
+
+    monkeypatch.setattr(figures, "save", save_two)
+    report.analyze([trained / name for name in ("mpvg-0", "mpvg-1", "gap-0")], tmp_path, Options(sensitivity_images=20))
     for name in ("layers.csv", "figures/fig4.pdf", "figures/fig7.png", "report.html"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
     assert results(tmp_path)["runs"] == results(written)["runs"]
@@ -77,11 +97,11 @@ def test_the_same_command_writes_the_same_numbers(trained: Path, written: Path, 
 def test_the_control_is_the_network_that_the_training_began_with(trained: Path) -> None:
     """Its seed's weights: those of the run's first checkpoint less one epoch, so it is built anew and compared."""
     run = runs.load(trained / "mpvg-1")
-    runs.seed_everything(1)
-    expected = runs.build_model(run.config, run.info).state_dict()
-    for name, value in run.untrained().state_dict().items():
+    seed_everything(1)
+    expected = run.task().build_model(init=True).state_dict()
+    for name, value in run.initial_model().state_dict().items():
         assert torch.equal(value, expected[name])
-    other = runs.load(trained / "mpvg-0").untrained().state_dict()
+    other = runs.load(trained / "mpvg-0").initial_model().state_dict()
     assert not torch.equal(other["pos_embed"], expected["pos_embed"])
 
 
@@ -90,8 +110,8 @@ def test_a_share_is_spread_over_the_whole_set(trained: Path, images: int) -> Non
     """Validation sets are in the order of their classes."""
     run = runs.load(trained / "mpvg-0")
     device = torch.device("cpu")
-    every = torch.cat([some for some, _ in run.data(device).val.epoch()])
-    chosen = torch.cat([some for some, _ in report.Share(run, images, device)])
+    every = torch.cat([some for some, _ in run.validation(device).epoch()])
+    chosen = torch.cat([some for some, _ in run.validation(device, images=images, batch_size=7).epoch()])
     assert len(chosen) == min(images, 360)
     step = max(1, 360 // images)
     assert torch.equal(chosen, every[::step][:images])
@@ -100,9 +120,10 @@ def test_a_share_is_spread_over_the_whole_set(trained: Path, images: int) -> Non
 # ---- bad input
 
 
-def test_a_run_that_cannot_be_analysed_is_named_and_the_rest_is_made(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_cannot_be_analyzed_is_named_and_the_rest_is_made(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(drawing, "draw", lambda groups, folder: {})  # most of the time of a report, and not looked at
     no_checkpoint, damaged, nan = (tmp_path / name for name in ("no-checkpoint", "damaged", "nan"))
     for path in (no_checkpoint, damaged, nan):
         shutil.copytree(trained / "mpvg-0", path, symlinks=True)
@@ -112,15 +133,15 @@ def test_a_run_that_cannot_be_analysed_is_named_and_the_rest_is_made(
         file.write(b"\x00\x01\x02\x03")
     _spoil(nan)
     paths = [str(path) for path in (no_checkpoint, trained / "gap-0", damaged, nan, tmp_path / "nothing")]
-    code = cli.main(["analyze", *paths, "--out", str(tmp_path / "out"), "--images", "60"])
+    code = main(["analyze", *paths, "--out", str(tmp_path / "out"), "--images", "60"])
     said = capsys.readouterr()
     assert code == 0
     problems = results(tmp_path / "out")["problems"]
     assert problems.keys() == set(paths) - {str(trained / "gap-0")}
-    for path, word in zip(paths[2:], ("damaged", "not finite", "holds no run"), strict=True):
-        assert word in problems[path]
-        assert f"warning: {path} is left out: " in said.err
-        assert path in (tmp_path / "out/report.html").read_text()
+    for named, word in zip(paths[2:], ("damaged", "not finite", "holds no run"), strict=True):
+        assert word in problems[named]
+        assert f"warning: {named} is left out: " in said.err
+        assert named in (tmp_path / "out/report.html").read_text()
     assert "gap:" in said.out
 
 
@@ -131,33 +152,33 @@ def _spoil(path: Path) -> None:
     tensors["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
     state = json.loads((folder / "state.json").read_text())
     shutil.rmtree(path / "checkpoints")
-    runs.save_checkpoint(path, 23, {"model": tensors}, state, best=True)
+    save_checkpoint(path, 23, Checkpoint({"model": tensors}, state), best=True)
 
 
-def test_nothing_that_can_be_analysed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["analyze", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+def test_nothing_that_can_be_analyzed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_data_of_another_kind_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The classes are named; nothing is analysed on images that the network was not made for."""
-    assert cli.main(["analyze", str(trained / "gap-0"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    """The classes are named; nothing is analyzed on images that the network was not made for."""
+    assert main(["analyze", str(trained / "gap-0"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("images", "beyond"), [(0, 0), (10, -1)])
 def test_numbers_of_images_are_checked(trained: Path, tmp_path: Path, images: int, beyond: int) -> None:
-    with pytest.raises(ValueError, match=f"images is {images} and beyond {beyond}; allowed"):
-        report.analyze([trained / "gap-0"], tmp_path / "out", Options(images=images, beyond=beyond))
+    with pytest.raises(ValueError, match=f"at least 1 and beyond at least 0; got images={images} and beyond={beyond}"):
+        report.analyze([trained / "gap-0"], tmp_path / "out", Options(images=images, sensitivity_images=beyond))
 
 
-def test_too_few_images_give_no_interval_and_are_named(trained: Path, tmp_path: Path) -> None:
-    made = report.analyze([trained / "mpvg-0"], tmp_path, Options(images=30))
-    assert "30 images are too few for an interval; allowed: 40 or more" in made.page.read_text()
-    (one,) = results(tmp_path)["runs"]
+def test_too_few_images_give_no_interval_and_are_named(of_30_images: Path) -> None:
+    page = (of_30_images / "report.html").read_text()
+    assert "30 images are too few for confidence intervals; at least 40 are needed" in page
+    (one,) = results(of_30_images)["runs"]
     assert all(place["r"]["interval"] is None for place in one["trained"]["places"])
-    assert all((tmp_path / "figures" / f"{name}.png").is_file() for name in ("fig4", "fig6", "fig7"))
+    assert all((of_30_images / "figures" / f"{name}.png").is_file() for name in ("fig4", "fig6", "fig7"))
 
 
 def test_a_method_that_delivers_nothing_says_so(written: Path) -> None:
@@ -168,11 +189,11 @@ def test_a_method_that_delivers_nothing_says_so(written: Path) -> None:
     assert gap["slope_layers"] == [0, 1, 2, 3]
 
 
-def test_names_in_a_page_are_text(trained: Path, tmp_path: Path) -> None:
+def test_names_in_a_page_are_text(of_30_images: Path) -> None:
     """Folder names and configs come from elsewhere."""
-    evil = tmp_path / "<img src=x onerror=alert(1)>"
-    shutil.copytree(trained / "gap-0", evil, symlinks=True)
-    page = report.analyze([evil, tmp_path / "</script><b>"], tmp_path / "out", Options(images=40)).page.read_text()
+    page = (of_30_images / "report.html").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "&lt;/script&gt;&lt;b&gt;" in page
     assert "<img src=x" not in page
     assert "</script><b>" not in page
 
@@ -180,19 +201,22 @@ def test_names_in_a_page_are_text(trained: Path, tmp_path: Path) -> None:
 # ---- sentences
 
 
-def analysed(slope: float, before: float, r: float = -0.2) -> Analysed:
+def analyzed(slope: float, before: float, r: float = -0.2) -> AnalyzedRun:
     """A run of which only what the sentences read is made."""
 
     def findings(value: float, r: float) -> Findings:
         made: Any = object.__new__(Findings)
         made.__dict__.update(
-            images=100, accuracy=0.5, slope=Value(value, Interval(value - 0.01, value + 0.01)), slope_layers=[1, 2, 3]
+            images=100,
+            accuracy=0.5,
+            slope=Estimate(value, Interval(value - 0.01, value + 0.01)),
+            slope_layers=[1, 2, 3],
         )
         made.__dict__.update(places=[_place(str(layer), r) for layer in range(4)], missing=[])
         made.__dict__.update(last=_last())
         return made
 
-    one: Any = object.__new__(Analysed)
+    one: Any = object.__new__(AnalyzedRun)
     one.__dict__.update(trained=findings(slope, r), untrained=findings(before, 0.1), name="run")
     return one
 
@@ -200,7 +224,7 @@ def analysed(slope: float, before: float, r: float = -0.2) -> Analysed:
 def _place(name: str, r: float) -> Any:
     from types import SimpleNamespace
 
-    return SimpleNamespace(name=name, delivered=name != "0", r=Value(r, Interval(r - 0.05, r + 0.05)))
+    return SimpleNamespace(name=name, delivered=name != "0", r=Estimate(r, Interval(r - 0.05, r + 0.05)))
 
 
 def _last() -> Any:
@@ -214,37 +238,37 @@ def _last() -> Any:
     [
         ([-0.05, -0.051, -0.052], "training makes the correlation fall with depth"),
         ([0.05, 0.051, 0.052], "rise with depth, against the paper's claim"),
-        ([-0.05, 0.02, 0.03], "no effect shown: the interval of what training changes includes 0"),
+        ([-0.05, 0.02, 0.03], "no effect shown, because the interval includes 0"),
         ([-0.05], "nothing is concluded from it"),
     ],
 )
 def test_the_verdict_follows_the_numbers(slopes: list[float], verdict: str) -> None:
-    said = sentences.say([analysed(slope, 0.0) for slope in slopes])
-    assert verdict in said[1]
+    sentences = make_sentences([analyzed(slope, 0.0) for slope in slopes])
+    assert verdict in sentences[1]
     others = {"fall with depth", "rise with depth", "no effect", "nothing is concluded"}
-    assert sum(other in said[1] for other in others) == 1
+    assert sum(other in sentences[1] for other in others) == 1
 
 
 def test_an_effect_that_was_there_before_training_is_none() -> None:
-    said = sentences.say([analysed(slope, slope + wobble) for slope, wobble in ((-0.05, 0.001), (-0.06, -0.001))])
-    assert "no effect" in said[1]
+    sentences = make_sentences([analyzed(slope, slope + wobble) for slope, wobble in ((-0.05, 0.001), (-0.06, -0.001))])
+    assert "no effect" in sentences[1]
 
 
 def test_opposed_layers_are_counted_by_their_intervals() -> None:
-    said = sentences.say([analysed(-0.05, 0.0, r) for r in (-0.2, -0.21, -0.19)])
-    assert "in 4 of 4 layers; training lowers r in 4 of them and raises it in 0" in said[2]
-    said = sentences.say([analysed(-0.05, 0.0, r) for r in (-0.2, 0.21, 0.01)])
-    assert "in 0 of 4 layers; training lowers r in 0 of them and raises it in 0" in said[2]
+    sentences = make_sentences([analyzed(-0.05, 0.0, r) for r in (-0.2, -0.21, -0.19)])
+    assert "in 4 of 4 layers; training lowers r in 4 layers and raises it in 0" in sentences[2]
+    sentences = make_sentences([analyzed(-0.05, 0.0, r) for r in (-0.2, 0.21, 0.01)])
+    assert "in 0 of 4 layers; training lowers r in 0 layers and raises it in 0" in sentences[2]
 
 
 def test_groups_have_the_shortest_names_that_tell_them_apart(trained: Path) -> None:
     run = runs.load(trained / "mpvg-0")
 
-    def member(**changes: Any) -> Analysed:
-        one: Any = object.__new__(Analysed)
+    def member(**changes: Any) -> AnalyzedRun:
+        one: Any = object.__new__(AnalyzedRun)
         one.__dict__.update(run=replace(run, config=replace(run.config, **changes)))
         return one
 
-    assert list(report._groups([member(), member(seed=3), member(method="pvg")])) == ["mpvg", "pvg"]
-    assert list(report._groups([member(), member(epochs=2)])) == ["mpvg, 1 epochs", "mpvg, 2 epochs"]
-    assert len(report._groups([member(), member(lr=0.5)])) == 2
+    assert list(report._group_by_config([member(), member(seed=3), member(method="pvg")])) == ["mpvg", "pvg"]
+    assert list(report._group_by_config([member(), member(epochs=2)])) == ["mpvg, 1 epochs", "mpvg, 2 epochs"]
+    assert len(report._group_by_config([member(), member(lr=0.5)])) == 2

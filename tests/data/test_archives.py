@@ -1,17 +1,21 @@
 """Tar files and WebDataset shards: the same bits as the folder they were made of, each image once."""
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mpvg.config import RunConfig
-from mpvg.data import Data, open_data
+from mpvg.data import Data, Shard, open_data, open_listing
+from mpvg.data.archives import archives
+from mpvg.runs import Run
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -62,8 +66,9 @@ def read(data: Data, epoch: int = 0, start: int = 0) -> list[tuple[Tensor, Tenso
     return [*data.train.epoch(epoch, start), *data.val.epoch()]
 
 
-@every_form
-@pytest.mark.parametrize("pipeline", ["timm", "fast"])
+@pytest.mark.parametrize(
+    ("pipeline", "form"), [("timm", as_one_tar), ("fast", as_shards_of_folders), ("timm", as_webdataset)]
+)
 def test_archives_are_the_folder_they_were_made_of(
     pipeline: str, form: Callable[[Path, Path], None], image_folder: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
@@ -71,31 +76,88 @@ def test_archives_are_the_folder_they_were_made_of(
     (root := tmp_path / "packed").mkdir()
     form(image_folder, root)
     options = {"img_size": 32, "hflip": 0.5, "erase": 0.5, "pipeline": pipeline}
-    folder, packed = (open_data(make_config(path, **options), device=CPU) for path in (image_folder, root))
+    folder, packed = (open_data(make_config(path, **options), Shard(CPU)) for path in (image_folder, root))
     assert packed.info == replace(folder.info, name=str(root))
     assert packed.info.class_names == ("a", "b", "c")
-    workers = open_data(make_config(root, workers=2, **options), device=CPU)
+    workers = open_data(make_config(root, workers=2, **options), Shard(CPU))
     for one, other in (
         (read(folder, 1), read(packed, 1)),
-        (read(folder, 1, 1), read(workers, 1, 1)),
+        (folder.train.epoch(1, 1), workers.train.epoch(1, 1)),
     ):
         for (images, targets), (same, too) in zip(one, other, strict=True):
             assert torch.equal(images, same)
             assert torch.equal(targets, too)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_image_is_seen_once_whatever_the_number_of_processes(
-    world_size: int, image_folder: Path, tmp_path: Path, make_config: MakeConfig
-) -> None:
+def test_every_image_is_seen_once_by_two_processes(image_folder: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     (root := tmp_path / "packed").mkdir()
     as_shards_of_folders(image_folder, root)
-    config = make_config(root, img_size=32)
-    parts = [open_data(config, device=CPU, rank=rank, world_size=world_size) for rank in range(world_size)]
-    drawn = [key for data in parts for batch in data.train._keys for key in batch]  # type: ignore[attr-defined]
-    assert sorted(drawn) == list(range(24))
+    config = make_config(root, img_size=32, crop_scale=(1.0, 1.0))
+    parts = [open_data(config, Shard(CPU, rank, 2)) for rank in range(2)]
+    drawn = [image.numpy().tobytes() for data in parts for images, _ in data.train.epoch() for image in images]
+    assert len(drawn) == len(set(drawn)) == 24
     scored = sorted(target for data in parts for _, targets in data.val.epoch() for target in targets.tolist())
     assert scored == [0] * 4 + [1] * 2 + [2]
+
+
+@every_form
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_validation_alone_reads_nothing_of_train(
+    corrupt: bool,
+    form: Callable[[Path, Path], None],
+    image_folder: Path,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    open_val: Callable[..., Any],
+) -> None:
+    """A class that only train has keeps its number; without known classes train says what they are."""
+    shutil.rmtree(image_folder / "val" / "a")
+    (root := tmp_path / "packed").mkdir()
+    form(image_folder, root)
+    config = make_config(root, img_size=32)
+    expected = list(open_data(config, Shard(CPU)).val.epoch())
+    for path in archives(root, "train"):
+        path.write_bytes(b"not a tar file") if corrupt else path.unlink()
+    listing, val = open_val(config, ("a", "b", "c"))
+    assert listing.class_names == ("a", "b", "c")
+    for (images, targets), (same, too) in zip(val.epoch(), expected, strict=True):
+        assert torch.equal(images, same)
+        assert torch.equal(targets, too)
+        assert targets.tolist() == [1, 1, 2]
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no tar file of train in|train\S*\.tar is damaged"):
+        open_listing(config, ("val",))
+
+
+def test_two_classes_of_one_name_keep_their_targets(
+    image_folder: Path, tmp_path: Path, make_config: MakeConfig, open_val: Callable[..., Any]
+) -> None:
+    """As ImageNet's two cranes: a name does not say which of them an image is, its number does."""
+    (root := tmp_path / "packed").mkdir()
+    as_webdataset(image_folder, root)
+    (root / "classes.txt").write_text("crane\nheron\ncrane\n")
+    config = make_config(root, img_size=32)
+    data = open_data(config, Shard(CPU))
+    listing, val = open_val(config, data.info.class_names)
+    assert listing.class_names == data.info.class_names == ("crane", "heron", "crane")
+    for batches in (data.val, val):
+        assert [targets.tolist() for _, targets in batches.epoch()] == [[0] * 4 + [1] * 2 + [2]]
+
+
+@pytest.mark.parametrize("form", [as_one_tar, as_webdataset])
+def test_a_run_refuses_classes_that_are_not_its_own(
+    form: Callable[[Path, Path], None], image_folder: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    (root := tmp_path / "packed").mkdir()
+    form(image_folder, root)
+    config = make_config(root, img_size=32)
+    run = Run(Path("the run"), config, open_data(config, Shard(CPU)).info)
+    assert len(run.validation(CPU)) == 1
+    if form is as_one_tar:
+        another_class_in_val(root)
+    else:
+        (root / "classes.txt").write_text("a\nb\nd\n")
+    with pytest.raises(ValueError, match=r"classes \(a, b, (c, )?d\), but the run was trained on 3 \(a, b, c\)"):
+        run.validation(CPU)
 
 
 def cut_off(root: Path) -> None:
@@ -144,8 +206,8 @@ def names_too_few(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut_off, r"train\.tar (is cut off within|is damaged or no uncompressed tar file)"),
-        (no_tar, r"train\.tar is damaged or no uncompressed tar file"),
+        (cut_off, r"train\.tar (is cut off within|is damaged or not an uncompressed tar file)"),
+        (no_tar, r"train\.tar is damaged or not an uncompressed tar file"),
         (without_val, r"no tar file of val in .*; give val\.tar, val-\*\.tar or val/\*\.tar"),
         (empty, r"the tar files of train in .* hold no images"),
         (without_a_class, r"loose\.png in .*train\.tar has no class"),
@@ -161,12 +223,17 @@ def test_what_cannot_be_read_is_refused(
     as_one_tar(image_folder, root)
     change(root)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        open_data(make_config(root, img_size=32), device=CPU)
+        open_data(make_config(root, img_size=32), Shard(CPU))
 
 
-@pytest.mark.parametrize("pipeline", ["timm", "fast"])
-@pytest.mark.parametrize(("name", "content"), [("0.png", b"no image"), ("1.JPG", b"\xff\xd8\xff\xe0")])
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("split", "pipeline", "name", "content"),
+    [
+        ("train", "timm", "0.png", b"no image"),
+        ("train", "fast", "1.JPG", b"\xff\xd8\xff\xe0"),
+        ("val", "fast", "0.png", b"no image"),
+    ],
+)
 def test_an_image_that_cannot_be_read_is_named_with_its_archive(
     split: str, name: str, content: bytes, pipeline: str, image_folder: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
@@ -176,7 +243,7 @@ def test_an_image_that_cannot_be_read_is_named_with_its_archive(
     options = {"img_size": 32, "pipeline": pipeline}
     message = rf"image \./a/{name} in \S*{split}\.tar cannot be read \(UnidentifiedImageError"
     with pytest.raises(ValueError, match=message):
-        read(open_data(make_config(root, **options), device=CPU))
-    data = open_data(make_config(root, skip_corrupt=True, **options), device=CPU)
+        read(open_data(make_config(root, **options), Shard(CPU)))
+    data = open_data(make_config(root, skip_corrupt=True, **options), Shard(CPU))
     assert len(read(data)) == 4
     assert data.train.skipped + data.val.skipped == 1

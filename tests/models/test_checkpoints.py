@@ -110,7 +110,7 @@ def test_a_truncated_file_is_refused(share: float, name: str, tmp_path: Path) ->
     path.write_bytes(content[: int(share * len(content))])
     before = copied(model)
     for load in (load_weights, load_checkpoint):
-        with pytest.raises(ValueError, match=rf"{name} is (damaged or no|refused, and nothing in it was run)"):
+        with pytest.raises(ValueError, match=rf"{name} is (damaged or not a|refused, and no code in it was run)"):
             load(model, path)
     assert_unchanged(model, before)
 
@@ -134,7 +134,9 @@ def test_a_pickle_is_refused_without_being_executed(
     """Whatever it is called, and also in the form that torch.save writes."""
     path, created = tmp_path / name, tmp_path / "created"
     writer({"pos_embed": Payload(created)}, path)
-    message = r"damaged or no \.safetensors file" if name.endswith("safetensors") else r"is refused, and nothing in it"
+    message = (
+        r"damaged or not a \.safetensors file" if name.endswith("safetensors") else r"is refused, and no code in it"
+    )
     for load in (load_weights, load_checkpoint):
         with pytest.raises(ValueError, match=message):
             load(small(), path)
@@ -229,7 +231,7 @@ def test_another_image_size_resamples_the_grid_and_leaves_the_class_row(saved: s
 
 
 @pytest.mark.parametrize("classes", [0, 5])
-def test_other_classes_leave_the_head_as_it_was_initialised(classes: int, tmp_path: Path) -> None:
+def test_other_classes_leave_the_head_as_it_was_initialized(classes: int, tmp_path: Path) -> None:
     head = {"head.weight", "head.bias"}
     model, report = started(small(), "mpvg", tmp_path / "model.pth", num_classes=classes)
     assert set(report.dropped) == head
@@ -293,13 +295,13 @@ def test_a_state_dict_by_itself_is_read_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([torch.ones(1)], r"holds no weights by name but list"),
-        ({}, r"holds no weights by name but dict"),
+        ([torch.ones(1)], r"contains a list without weights by name"),
+        ({}, r"contains a dict without weights by name"),
         ({"epoch": 3}, r"its entry 'epoch' is a int; expected a state_dict, by itself or as one of state_dict_ema"),
         ({"state_dict": {"w": [1.0]}}, r"its entry 'w' is a list"),
         ({"w": torch.eye(2).to_sparse()}, r"its entry 'w' is a Tensor"),
-        ({"w": torch.tensor([1.0, torch.nan])}, r"w holds values that are not finite"),
-        ({"w": torch.tensor([torch.inf])}, r"w holds values that are not finite"),
+        ({"w": torch.tensor([1.0, torch.nan])}, r"w has values that are not finite"),
+        ({"w": torch.tensor([torch.inf])}, r"w has values that are not finite"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
@@ -313,7 +315,7 @@ class Settings:
 
 
 def test_an_object_is_named_and_the_way_out_with_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"it asks for \S*Settings, .*safetensors\.torch\.save_file"):
+    with pytest.raises(ValueError, match=r"it needs \S*Settings, .*safetensors\.torch\.save_file"):
         through({"model": {"w": torch.ones(1)}, "config": Settings()}, tmp_path / "model.pth")
 
 
@@ -379,7 +381,10 @@ def without_a_weight(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_another_grid, r"pos_embed has 15 rows, which is no square grid beside 0 leading tokens, so it cannot be"),
+        (
+            with_another_grid,
+            r"pos_embed has 15 rows, which is not a square grid plus 0 leading tokens, so it cannot be",
+        ),
         (with_a_distillation_token, r"dist_token has no place in the model; head_dist\.weight has no place"),
         (with_a_layer_more, r"blocks\.2\.norm1\.weight has no place in the model; .*and 8 more"),
         (with_another_patch, r"patch_embed\.proj\.weight is \(64, 3, 4, 4\), the model's is \(64, 3, 2, 2\)"),
@@ -402,10 +407,10 @@ def test_another_architecture_is_refused_whole(
 @pytest.mark.parametrize("saved", ["gap", "mpvg"])
 def test_a_class_token_is_not_made_up(saved: str, tmp_path: Path) -> None:
     torch.save(small(saved).state_dict(), tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"cls_token is missing; pos_embed has no row for the class token"):
+    with pytest.raises(ValueError, match=r"cls_token is missing; pos_embed has no row for the model's class token"):
         load_checkpoint(small("default"), tmp_path / "model.pth")
 
 
 def test_a_start_of_the_pe_and_a_checkpoint_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pos_std=1\.0 rescales the start of a PE, and .*model\.pth has its own"):
+    with pytest.raises(ValueError, match=r"pos_std=1\.0 rescales a new PE, but .*model\.pth has a trained one"):
         create_model("vit_mini_patch2_8", pos_std=1.0, checkpoint_path=tmp_path / "model.pth")

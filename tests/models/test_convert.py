@@ -1,7 +1,9 @@
 """timm's own networks with a delivered PE: unchanged where that is asked for, and by a plain loop where not."""
 
 import copy
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import mpvg
 from mpvg.delivery import METHODS, DeliverySpec, as_spec
 from mpvg.models import create_model
+from mpvg.models.checkpoints import load_weights, read_tensors
 from mpvg.models.convert import convert
 from mpvg.models.fold import fold
-from reference import assert_close
+from reference import assert_close, ref_resampled
 
 NAMES = {
     "vit": "vit_tiny_patch16_224",
@@ -98,7 +99,7 @@ def test_a_method_that_delivers_nothing_changes_nothing(kind: str, method: str) 
 
 
 @every_name
-@pytest.mark.parametrize("method", ["lape", "pvg", "mpvg", "mpvg_flat", "gap_last0", "mpvg_layer0"])
+@pytest.mark.parametrize("method", ["lape", "mpvg", "mpvg_flat", "mpvg_layer0"])
 def test_the_converted_network_equals_timms_parts_with_the_pe_added(kind: str, method: str) -> None:
     model = theirs(kind)
     batch, converted = images_for(model), convert(model, method)
@@ -132,7 +133,7 @@ def test_preserve_begins_unchanged_and_everything_learns(kind: str) -> None:
     assert {name for name, _ in converted.named_parameters()} - theirs_too == {
         name for name, _ in convert(model, "mpvg").named_parameters() if name.startswith("delivery")
     }
-    assert [name for name, _ in converted.delivery.named_buffers()] == ["start"]
+    assert [name for name, _ in converted.delivery.named_buffers()] == ["reference_pos"]
 
     torch.optim.SGD(converted.parameters(), lr=0.1).step()
     after = converted(batch)
@@ -147,7 +148,7 @@ def test_the_gradients_of_preserve_are_those_of_the_chain() -> None:
     for start in ("fresh", "preserve"):
         converted = convert(model, "mpvg", start=start)
         torch.manual_seed(1)
-        delivered = converted.deliver(converted.position())
+        delivered = converted.deliver(converted.raw_pos_embed())
         values = [pe for pe in (*delivered.per_layer, delivered.last) if pe is not None]
         sum((value * torch.randn_like(value)).sum() for value in values).backward()
         gradients.append({name: p.grad for name, p in converted.named_parameters() if p.grad is not None})
@@ -165,7 +166,7 @@ def test_preserve_holds_at_another_image_size(dynamic: bool) -> None:
     if not dynamic:
         model.set_input_size((64, 16))
         converted.set_input_size((64, 16))
-        assert converted.delivery.start.shape == converted.pos_embed.shape
+        assert converted.delivery.reference_pos.shape == converted.pos_embed.shape
     batch = torch.randn(2, 3, 64, 16, dtype=torch.float64)
     assert_close(converted(batch), model(batch), 1e-9)
 
@@ -183,7 +184,7 @@ def test_the_methods_read_out_has_the_last_norm_on_every_token_and_then_the_mean
     assert torch.equal(converted.pos_embed, model.pos_embed[:, model.pos_embed.shape[1] - rows :])
     norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
     tokens = converted.forward_intermediates(batch, [2], output_fmt="NLC", intermediates_only=True)[0]
-    last = converted.deliver(converted.position()).last
+    last = converted.deliver(converted.raw_pos_embed()).last
     expected = (norm(tokens) + last[:, last.shape[1] - tokens.shape[1] :]).mean(dim=1)
     pooled = converted.forward_head(converted.forward_features(batch), pre_logits=True)
     assert_close(pooled, expected)
@@ -216,22 +217,6 @@ def test_the_original_is_untouched(kind: str) -> None:
     assert [type(module) for module in model.modules()] == kinds
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-@pytest.mark.parametrize("kind", LIKE)
-def test_gradient_checkpointing_and_layer_decay_go_on_working(kind: str) -> None:
-    model = convert(theirs(kind), "mpvg").train()
-    batch, results = images_for(model), []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(batch).square().sum().backward()
-        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in results[0].items():
-        assert_close(results[1][name], gradient, 1e-12)
-    assert "delivery.layer_norms.1.weight" in results[0]
-    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5).param_groups
-    assert len({group["lr_scale"] for group in groups}) >= 4
 
 
 def test_hooks_and_frozen_parameters_come_along() -> None:
@@ -272,15 +257,27 @@ def test_a_class_token_without_a_row_receives_nothing_at_the_last_norm(kind: str
 
 
 @pytest.mark.parametrize("kind", LIKE)
-def test_timms_feature_wrapper_takes_a_converted_network(kind: str) -> None:
-    """Its maps contain the PE, and what the removed layers would have received is gone."""
-    model = convert(theirs(kind), "mpvg")
-    batch = images_for(model)
-    expected = model.forward_intermediates(batch, [0, 1], intermediates_only=True)
-    wrapped = FeatureGetterNet(copy.deepcopy(model), out_indices=(0, 1))
-    for one, other in zip(wrapped(batch), expected, strict=True):
+def test_the_feature_maps_of_a_converted_network_by_public_calls(kind: str, tmp_path: Path) -> None:
+    """As the refusal of features_only says: its maps contain the PE; pruned, it gives the same ones at lower cost."""
+    name, sizes = f"timm/{NAMES[kind]}", {"depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    source = convert(theirs(kind), "mpvg")
+    torch.save(source.state_dict(), tmp_path / "own.pth")
+    arguments: dict[str, Any] = {"img_size": source.patch_embed.img_size, "checkpoint_path": tmp_path / "own.pth"}
+    with pytest.raises(ValueError, match=re.escape("call model.forward_intermediates(images, indices, intermediates")):
+        create_model(name, "mpvg", features_only=True, **arguments, **sizes)
+    model, batch = create_model(name, "mpvg", **arguments, **sizes).double().eval(), images_for(source)
+    maps = model.forward_intermediates(batch, [0, 1], intermediates_only=True)
+    for one, other in zip(maps, source.forward_intermediates(batch)[1], strict=False):
+        assert_close(one, other, 1e-4)
+    without = convert(theirs(kind), "default")
+    without.load_state_dict({key: value for key, value in model.state_dict().items() if "delivery" not in key})
+    assert (without.forward_intermediates(batch)[1][1] - maps[1]).abs().max() > 1e-3
+
+    indices = model.prune_intermediate_layers([0, 1], prune_norm=True)
+    for one, other in zip(model.forward_intermediates(batch, indices, intermediates_only=True), maps, strict=True):
         assert torch.equal(one, other)
-    assert not any(name.startswith("model.delivery.layer_norms.2") for name, _ in wrapped.named_parameters())
+    left = {name for name, _ in model.named_parameters()}
+    assert not [name for name in left if re.match(r"blocks\.2|norm\.|head|delivery\.(layer_norms\.2|last_norm)", name)]
 
 
 # ---- by name
@@ -319,6 +316,31 @@ def test_timms_weights_at_another_image_size_are_preserved(tmp_path: Path) -> No
     model.set_input_size(64)
     batch = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     assert_close(by_name(batch), model(batch), 1e-5)
+
+
+@pytest.mark.parametrize("file", ["run.safetensors", "run.pth"])
+def test_files_with_the_earlier_name_of_the_reference_pe_load(file: str, tmp_path: Path) -> None:
+    """`delivery.start` was the name of `delivery.reference_pos`: both are read, also after a wrapper's prefix."""
+    sizes: dict[str, Any] = {"img_size": 32, "depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
+    saved, path = convert(theirs("deit", img_size=32), "mpvg", start="preserve"), tmp_path / file
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)  # so that the PE is no longer the one that was copied
+    state = saved.state_dict()
+    resampled = ref_resampled(saved.delivery.reference_pos[0], (2, 2), (3, 3), 1)
+    for earlier in ("delivery.start", "delivery.reference_pos"):
+        names = {name: name.replace("delivery.reference_pos", earlier) for name in state}
+        tensors = {f"module.{names[name]}": value for name, value in state.items()}
+        save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+        assert read_tensors(path).keys() == state.keys()
+        model = convert(theirs("deit", img_size=32), "mpvg", start="preserve")
+        load_weights(model, path)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+        by_name = partial(create_model, f"timm/{NAMES['deit']}", "mpvg", start="preserve", checkpoint_path=path)
+        assert_close(by_name(**sizes).delivery.reference_pos.double(), saved.delivery.reference_pos, 1e-6)
+        larger = by_name(**sizes | {"img_size": 48})
+        assert_close(larger.delivery.reference_pos[0].double(), resampled, 1e-5)
 
 
 def test_pos_std_by_name_rescales_the_same_draw() -> None:
@@ -364,7 +386,7 @@ def small(name: str, **kwargs: Any) -> nn.Module:
         (lambda: convert(small("deit_tiny_distilled_patch16_224")), r"VisionTransformerDistilled has a forward pass"),
         (lambda: convert(Changed(depth=1, embed_dim=8, num_heads=2)), r"Changed has a forward pass of its own"),
         (lambda: convert(small("vit_base_patch16_rpn_224")), r"its blocks are ResPostBlock, and only timm's Block"),
-        (lambda: convert(create_model("vit_mini_patch2_8")), r"receives a delivered PE already; build it anew"),
+        (lambda: convert(create_model("vit_mini_patch2_8")), r"already receives a delivered PE; build a new one"),
         (lambda: convert(theirs("deit"), readout="avg"), r"readout is 'avg'; allowed: 'keep', 'method'"),
         (lambda: convert(theirs("deit"), start="warm"), r"start is 'warm'; allowed: 'fresh', 'preserve'"),
         (lambda: convert(theirs("deit"), "mvpg"), r"unknown method 'mvpg'; did you mean mpvg"),
@@ -372,8 +394,11 @@ def small(name: str, **kwargs: Any) -> nn.Module:
             lambda: convert(theirs("deit"), "mpvg_last5"),
             r"last_index 5 asks for pos_5, but deit_tiny_patch16_224 has 3",
         ),
-        (lambda: convert(theirs("deit"), readout="method", start="preserve"), r"readout='method' changes the answers"),
-        (lambda: convert(theirs("deit"), "lape", start="preserve"), r"the method takes the PE away; use start='fresh'"),
+        (lambda: convert(theirs("deit"), readout="method", start="preserve"), r"readout='method' changes the outputs"),
+        (
+            lambda: convert(theirs("deit"), "lape", start="preserve"),
+            r"removing the PE from the input changes the outputs; use start='fresh'",
+        ),
         (
             lambda: convert(theirs("siglip"), "pvg_token", readout="method"),
             r"has no class token to read out; use a meth",
@@ -389,10 +414,13 @@ def small(name: str, **kwargs: Any) -> nn.Module:
         (lambda: create_model("timm/resnet18"), r"resnet18 cannot be converted"),
         (lambda: create_model("timm/resnet18", pos_std=1.0), r"resnet18 cannot be converted"),
         (lambda: create_model("timm/vit_tiny_patch16_224", start="late"), r"start is 'late'"),
-        (lambda: create_model("timm/vit_tiny_patch16_224.nonsense"), r"cannot be built so: Invalid pretrained tag"),
-        (lambda: create_model("timm/vit_tiny_patch16_224", widht=3), r"cannot be built so: .*argument 'widht'"),
+        (lambda: create_model("timm/vit_tiny_patch16_224.nonsense"), r"cannot be built: Invalid pretrained tag"),
+        (lambda: create_model("timm/vit_tiny_patch16_224", widht=3), r"cannot be built: .*argument 'widht'"),
         (lambda: create_model("timm/vit_tiny_patch16_224", img_size=30), r"image size 30 is not divisible by .* 16"),
-        (lambda: create_model("timm/vit_tiny_patch16_224", features_only=True), r"FeatureGetterNet\(model"),
+        (
+            lambda: create_model("timm/vit_tiny_patch16_224", features_only=True),
+            r"call model.forward_intermediates\(images, indices, int",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused(build: Callable[[], object], message: str) -> None:
@@ -405,5 +433,5 @@ def test_a_converted_checkpoint_has_no_start_to_preserve(tmp_path: Path) -> None
     """Its LN' are trained: there are no original answers to go on from."""
     sizes: dict[str, Any] = {"img_size": (32, 48), "depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
     torch.save(convert(theirs("deit"), "mpvg").state_dict(), tmp_path / "own.pth")
-    with pytest.raises(ValueError, match=r"delivery\.start is missing"):
+    with pytest.raises(ValueError, match=r"delivery\.reference_pos is missing"):
         create_model(f"timm/{NAMES['deit']}", start="preserve", checkpoint_path=tmp_path / "own.pth", **sizes)

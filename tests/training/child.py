@@ -5,17 +5,20 @@ import os
 import resource
 import sys
 
-ARGUMENTS: list[str]
-LOG: str
-AT_RENAME: tuple[str, int] | None
+names = globals()  # those that runpy was given
+ARGUMENTS: list[str] = names["ARGUMENTS"]
+LOG: str = names["LOG"]
+AT_RENAME: tuple[str, int] | None = names["AT_RENAME"]
+ENVIRONMENT: dict[str, str] = names["ENVIRONMENT"]
 
 os.setsid()
+os.environ.update(ENVIRONMENT)
 multiprocessing.set_start_method(None, force=True)  # the loader's workers start as they do in any `mpvg train`
 log = os.open(LOG, os.O_WRONLY)
 os.dup2(log, 1)
 os.dup2(log, 2)
 
-from mpvg.cli import main  # noqa: E402  what it prints belongs into the log
+from mpvg.cli.main import main  # noqa: E402  what it prints belongs into the log
 
 if AT_RENAME is not None:
     name, size = AT_RENAME

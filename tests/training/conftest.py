@@ -20,6 +20,10 @@ import numpy as np
 import pytest
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
+from mpvg.data import ImageBatch
+from mpvg.tasks.classification import ClassificationTask
+from mpvg.training import resume, train
+from mpvg.training.progress import Reporter
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -67,14 +71,78 @@ def everything() -> RunConfig:
 
 @pytest.fixture
 def tiny(everything: RunConfig, cifar_root: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """The same on 50 images of 8x8, 6 steps an epoch; arguments: the name of its folder, and what else is changed."""
+    """The same on 50 images of 8x8, 4 steps an epoch; arguments: the name of its folder, and what else is changed."""
 
     def make(name: str = "run", **changes: Any) -> RunConfig:
         network, loader = replace(everything.network, img_size=8), LoaderConfig(root=str(cifar_root))
-        own = {"data": "cifar10", "batch_size": 8, "epochs": 3, "network": network, "loader": loader}
+        own = {"data": "cifar10", "batch_size": 12, "epochs": 2, "network": network, "loader": loader}
         return replace(everything, **(own | {"out": str(tmp_path / name)} | changes))
 
     return make
+
+
+BeforeStep = Callable[[int, ImageBatch], Any]
+
+
+@pytest.fixture
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[BeforeStep], None]:
+    """Sets what is called before each step, with its number over all epochs, from 1, and with its batch."""
+    now = SimpleNamespace(step=0, call=lambda step, batch: None)
+    begin, prepare = Reporter.__init__, ClassificationTask.prepare
+
+    def begin_counting(self: Reporter, total: int, done: int = 0, *, quiet: bool = False) -> None:
+        now.step = done
+        begin(self, total, done, quiet=quiet)
+
+    def call_and_prepare(self: ClassificationTask, batch: ImageBatch) -> ImageBatch:
+        now.step += 1
+        now.call(now.step, batch)
+        return prepare(self, batch)
+
+    def arrange(call: BeforeStep) -> None:
+        now.call = call
+
+    monkeypatch.setattr(Reporter, "__init__", begin_counting)
+    monkeypatch.setattr(ClassificationTask, "prepare", call_and_prepare)
+    return arrange
+
+
+class Death(BaseException):
+    """What ends a run; no part of the package can take it for an error of its own."""
+
+
+@pytest.fixture
+def train_until(before_step: Callable[[BeforeStep], None]) -> Callable[[RunConfig, int], None]:
+    """Trains a new run, or resumes the one that is there, until it dies before the step of a number."""
+
+    def run(config: RunConfig, last: int) -> None:
+        def die(step: int, batch: ImageBatch) -> None:
+            if step == last:
+                raise Death
+
+        before_step(die)
+        with pytest.raises(Death):
+            resume(config.out, quiet=True) if Path(config.out).exists() else train(config, quiet=True)
+        before_step(lambda step, batch: None)
+
+    return run
+
+
+@pytest.fixture
+def set_accuracies(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Sets what the next evaluations find as accuracy."""
+    evaluate = ClassificationTask.evaluate
+
+    def arrange(accuracies: list[float]) -> None:
+        left = iter(accuracies)
+
+        def score(self: ClassificationTask, *arguments: Any) -> Any:
+            found = evaluate(self, *arguments)
+            return replace(found, metrics=found.metrics | {"accuracy": next(left)})
+
+        monkeypatch.setattr(ClassificationTask, "evaluate", score)
+
+    return arrange
 
 
 def read_record(path: str | Path, *, files: bool = True) -> dict[str, Any]:
@@ -105,13 +173,16 @@ def record() -> Callable[..., dict[str, Any]]:
     return read_record
 
 
-def torchrun(processes: int) -> list[str]:
-    """The beginning of a command that starts `mpvg` in so many processes."""
+def free_port() -> int:
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
+        return int(opened.getsockname()[1])
+
+
+def torchrun(processes: int) -> list[str]:
+    """The beginning of a command that starts `mpvg` in so many processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    return [*launcher, "--master_port", str(port), "-m", "mpvg"]
+    return [*launcher, "--master_port", str(free_port()), "-m", "mpvg"]
 
 
 def below(process: int) -> list[int]:
@@ -195,14 +266,18 @@ def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     `at_rename` is a pair: once a file is renamed to the first, no file may grow beyond the second, in bytes.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "mpvg.cli", "mpvg.training", "jsonargparse", "torch.utils.data"])
+    modules = ["pytest", "mpvg.cli.main", "mpvg.cli.train", "mpvg.training", "jsonargparse", "torch.utils.data"]
+    context.set_forkserver_preload(modules)
     children: list[Child] = []
 
-    def start(*arguments: object, at_rename: tuple[str, int] | None = None) -> Child:
+    def start(
+        *arguments: object, at_rename: tuple[str, int] | None = None, environment: dict[str, str] | None = None
+    ) -> Child:
         log = tmp_path / f"log-{len(children)}.txt"
         os.mkfifo(log)
         reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
-        values = {"ARGUMENTS": [str(a) for a in arguments], "LOG": str(log), "AT_RENAME": at_rename}
+        values: dict[str, Any] = {"ARGUMENTS": [str(a) for a in arguments], "LOG": str(log)}
+        values |= {"AT_RENAME": at_rename, "ENVIRONMENT": environment or {}}
         child = context.Process(target=runpy.run_path, args=(str(Path(__file__).with_name("child.py")), values))
         child.start()
         children.append(Child(child, reader))
@@ -213,3 +288,15 @@ def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
         if child.process.is_alive():
             child.kill()
         os.close(child.log)
+
+
+@pytest.fixture
+def start_ranks(start_mpvg: Callable[..., Child]) -> Callable[..., list[Child]]:
+    """Starts one `mpvg` command in several processes that train together, as torchrun would."""
+
+    def start(count: int, *arguments: object) -> list[Child]:
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        return [start_mpvg(*arguments, environment=own) for own in ranks]
+
+    return start

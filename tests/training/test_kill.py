@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,8 +17,10 @@ import pytest
 from PIL import Image
 
 from mpvg import runs
-from mpvg.cli import main
-from mpvg.training import loop
+from mpvg.cli.main import main
+from mpvg.data import ImageBatch
+from mpvg.runs.checkpoints import read_checkpoint
+from mpvg.tasks.classification import ClassificationTask
 
 Record = Callable[..., dict[str, Any]]
 
@@ -42,7 +43,7 @@ def folder_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model": "vit_mini_patch4_32",
         "network.img_size": 32,
         "network.drop_path": 0.2,
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 8,
         "save_steps": 2,
         "threads": 1,
@@ -56,10 +57,15 @@ def folder_command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder_run(folder_command: list[str], record: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command leaves when nothing happens, but for the names of the files."""
+    """What the command leaves when nothing happens."""
     out = tmp_path_factory.mktemp("folder-run") / "run"
     assert main([*folder_command, "--out", str(out)]) == 0
-    return record(out, files=False)
+    return record(out)
+
+
+def without_files(found: dict[str, Any]) -> dict[str, Any]:
+    """A signal makes a checkpoint more, so that others are kept."""
+    return {name: value for name, value in found.items() if name != "files"}
 
 
 def onwards(command: list[str], out: Path) -> list[str]:
@@ -67,39 +73,84 @@ def onwards(command: list[str], out: Path) -> list[str]:
     return ["train", "--resume", str(out)] if (out / "config.yaml").exists() else [*command, "--out", str(out)]
 
 
+def newest(out: Path) -> str:
+    link = out / "checkpoints/last"
+    return os.readlink(link) if link.is_symlink() else ""
+
+
+def lines(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+STAGES: dict[str, Callable[[Any, Path], object]] = {
+    "start": lambda child, out: child is not None,
+    "folder": lambda child, out: out.exists(),
+    "config": lambda child, out: (out / "config.yaml").exists(),
+    "workers": lambda child, out: child is not None and len(child.members()) > WORKERS,
+    "writing": lambda child, out: (out / "checkpoints/.writing/model.safetensors").exists(),
+    "checkpoint": lambda child, out: newest(out),
+    "line": lambda child, out: lines(out),
+    "summary": lambda child, out: (out / "summary.json").exists(),
+}
+"""What can be seen of a run: a stage is reached when it is there, or is another than before the command."""
+KILLS = (
+    ("start", "folder"),
+    ("config", "start"),
+    ("workers",),
+    ("workers", "workers"),
+    ("writing",),
+    ("checkpoint",),
+    ("checkpoint", "checkpoint"),
+    ("line",),
+    ("checkpoint", "writing", "line"),
+    ("workers", "line", "summary"),
+)
+"""For each run the stages at which its commands are killed, one after the other."""
+
+
+def kill_at(stage: str, start: Callable[..., Any], command: list[str], out: Path) -> int:
+    """Kills a command and its group at a stage, or finds it complete; returns how many processes it had."""
+    see = STAGES[stage]
+    before = see(None, out)
+    child = start(*command)
+    while child.process.is_alive() and (not (now := see(child, out)) or now == before):
+        time.sleep(0.004)
+    members: int = child.kill()
+    return members
+
+
 def test_ten_of_ten_killed_runs_end_with_the_same_bits(
-    folder_command: list[str], start_mpvg: Callable[..., Any], record: Record, tmp_path: Path
+    folder_command: list[str],
+    start_mpvg: Callable[..., Any],
+    record: Record,
+    folder_run: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    """SIGKILL to the process group at a random moment, one to three times a run, at any stage from start to summary."""
-    whole = tmp_path / "whole"
-    assert start_mpvg("--help").wait() == 0  # from now on torch is imported
-    begun = time.monotonic()
-    child = start_mpvg(*folder_command, "--out", whole)
-    assert child.wait() == 0, child.said()
-    seconds = time.monotonic() - begun
-    expected = record(whole)
-    moments = random.Random(0)
+    """SIGKILL to the process group, one to three times a run, at any stage from start to summary."""
     stages, different = [], {}
-    for number in range(10):
+    for number, kills in enumerate(KILLS):
         out = tmp_path / f"killed-{number}"
-        # The first moments are spread evenly over the run, so that each stage is met; the others lie anywhere.
-        delays = [seconds * (number + moments.random()) / 10]
-        delays += [seconds * moments.random() for _ in range(moments.choice((0, 0, 1, 2)))]
-        for delay in delays:
-            child = start_mpvg(*onwards(folder_command, out))
-            child.process.join(timeout=delay)
-            members = child.kill()
-            stages.append((members, (out / "checkpoints").exists()))
+        for stage in kills:
+            members = kill_at(stage, start_mpvg, onwards(folder_command, out), out)
+            stages.append((stage, members, bool(newest(out))))
         child = start_mpvg(*onwards(folder_command, out))
         assert child.wait() == 0, child.said()
         found = record(out)
-        different[number] = [name for name in found | expected if found.get(name) != expected.get(name)]
+        different[number] = [name for name in found | folder_run if found.get(name) != folder_run.get(name)]
     assert different == {number: [] for number in range(10)}
-    assert sum(members > WORKERS for members, _ in stages) >= 5, stages  # killed with its workers running
-    assert sum(saved for _, saved in stages) >= 4, stages
+    assert sum(members > WORKERS for _, members, _ in stages) >= 5, stages  # killed with its workers running
+    assert sum(saved for _, _, saved in stages) >= 4, stages
+    assert sum(not saved for _, _, saved in stages) >= 4, stages
 
 
-def test_a_killed_command_is_resumed_by_another(folder_command: list[str], record: Record, tmp_path: Path) -> None:
+def test_a_killed_command_is_resumed_by_another(
+    folder_command: list[str],
+    record: Record,
+    folder_run: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """The installed command, from its start-up on."""
     mpvg, out = [sys.executable, "-m", "mpvg"], tmp_path / "run"
     with subprocess.Popen([*mpvg, *folder_command, "--out", str(out)], start_new_session=True) as process:
@@ -108,20 +159,18 @@ def test_a_killed_command_is_resumed_by_another(folder_command: list[str], recor
         assert process.poll() is None
         subprocess.run(["kill", "-KILL", "--", f"-{process.pid}"], check=True)
     assert not (out / "summary.json").exists()
-    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}  # torch warns of more workers than cores
-    resume = [*mpvg, "train", "--resume", str(out)]
-    ended = subprocess.run(resume, env=quiet, check=False, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "epoch 3/3" in ended.stdout
-    assert main([*folder_command, "--out", str(tmp_path / "whole")]) == 0
-    assert record(out) == record(tmp_path / "whole")
+    capfd.readouterr()
+    assert main(["train", "--resume", str(out)]) == 0
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "epoch 2/2" in said.out
+    assert record(out) == folder_run
 
 
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
 def test_a_signal_to_the_process_or_to_all_of_its_group_saves_the_step(
     folder_command: list[str],
     start_mpvg: Callable[..., Any],
@@ -143,22 +192,22 @@ def test_a_signal_to_the_process_or_to_all_of_its_group_saves_the_step(
     assert child.wait() == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert len(members) > WORKERS
     said = child.said()
-    step = runs.load_checkpoint(out)[1]["position"]["step"]
+    step = read_checkpoint(out).state["position"]["step"]
     what = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
     assert f"{what}: stopped after step {step}, which is saved; continue with `mpvg train --resume {out}`" in said
     assert "Traceback" not in said
     assert not child.members()  # no worker is left
     assert start_mpvg("train", "--resume", out).wait() == 0
-    assert record(out, files=False) == folder_run
+    assert record(out, files=False) == without_files(folder_run)
 
 
 def test_workers_that_an_error_left_behind_do_not_hold_up_the_end(folder_command: list[str], tmp_path: Path) -> None:
     """They are deaf to the SIGTERM with which multiprocessing would end them."""
     code = (
-        "import sys, mpvg.cli\nfrom mpvg.training import loop\n"
+        "import sys\nfrom mpvg.cli.main import main\nfrom mpvg.tasks.classification import ClassificationTask\n"
         "def end(*a): raise RuntimeError('out of memory')\n"
-        "loop.Trainer._check_weights = end\n"
-        "mpvg.cli.main(sys.argv[1:])"
+        "ClassificationTask.losses = end\n"
+        "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *folder_command, "--out", str(tmp_path / "run")]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
@@ -178,35 +227,32 @@ def test_data_that_go_away_late_leave_the_checkpoint_before(
     folder_run: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    before_step: Callable[[Callable[[int, ImageBatch], Any]], None],
     fault: str,
     skip: bool,
 ) -> None:
     root, out = Path(folder_command[folder_command.index("--data") + 1]), tmp_path / "run"
     images, away = root / "train", tmp_path / "away"
-    step = loop.Trainer._step
 
-    def break_it(self: Any, *batch: Any) -> float:
-        if self.position.step == 6 and not away.exists():
+    def break_it(step: int, batch: ImageBatch) -> None:
+        if step == 7 and not away.exists():
             shutil.copytree(images, away)
             for file in images.rglob("*.png"):
                 file.write_bytes(b"no image") if fault == "corrupt" else file.unlink()
-        return step(self, *batch)
 
     options = ["--loader.workers", "0", "--loader.skip_corrupt", str(skip).lower(), "--out", str(out)]
     try:
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Trainer, "_step", break_it)
-            assert main([*folder_command, *options]) == 2
+        before_step(break_it)
+        assert main([*folder_command, *options]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"mpvg: error: image {images}/")
         assert "cannot be read (" in said
         assert said.count("\n") == 1
-        assert runs.load_checkpoint(out)[1]["position"]["step"] == 6
+        assert read_checkpoint(out).state["position"]["step"] == 6
     finally:
         shutil.copytree(away, images, dirs_exist_ok=True)
     assert main(["train", "--resume", str(out)]) == 0
-    assert record(out, files=False) == folder_run
+    assert record(out, files=False) == without_files(folder_run)
 
 
 # ---- two processes
@@ -225,11 +271,6 @@ def start_two(processes: Any, *arguments: str) -> Iterator[subprocess.Popen[str]
                 processes.kill_below(process.pid)
 
 
-def newest(out: Path) -> str:
-    link = out / "checkpoints/last"
-    return os.readlink(link) if link.is_symlink() else ""
-
-
 def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
     before = newest(out)
     while process.poll() is None and newest(out) == before:
@@ -238,15 +279,14 @@ def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
-    processes: Any, record: Record, tmp_path: Path
+    processes: Any, start_ranks: Callable[..., list[Any]], record: Record, tmp_path: Path
 ) -> None:
     """SIGTERM to one of them stops both; then SIGKILL to all; and one process alone gives the same curve."""
     options = "--data digits --epochs 2 --batch_size 128 --save_steps 5 --threads 1 --device cpu"
     options += " --network.drop_path 0 --augment.mixup 0 --augment.cutmix 0"
     command = ["train", *options.split()]
     whole, out = tmp_path / "whole", tmp_path / "run"
-    with start_two(processes, *command, "--out", str(whole)) as process:
-        assert process.wait(120) == 0, process.communicate()[1]
+    assert [rank.wait() for rank in start_ranks(2, *command, "--out", whole)] == [0, 0]
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     lines = [runs.load(path).metrics() for path in (whole, tmp_path / "alone")]
     for two, one in zip(*lines, strict=True):
@@ -262,17 +302,20 @@ def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
         said = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert re.search(r"exitcode +: 143", said), said
-    step = runs.load_checkpoint(out)[1]["position"]["step"]
+    step = read_checkpoint(out).state["position"]["step"]
     assert f"SIGTERM: stopped after step {step}, which is saved" in said
     assert 5 <= step < 22
 
-    with start_two(processes, "train", "--resume", str(out)) as process:
-        wait_for_another(out, process)
-        assert processes.kill_below(process.pid) == 3
+    before = newest(out)
+    ranks = start_ranks(2, "train", "--resume", out)
+    while ranks[0].process.is_alive() and newest(out) == before:
+        time.sleep(0.002)
+    assert [len(rank.members()) for rank in ranks] == [1, 1]
+    for rank in ranks:
+        rank.kill()
     assert not (out / "summary.json").exists()
     assert newest(out) > f"step-{step:08d}"
-    with start_two(processes, "train", "--resume", str(out)) as process:
-        assert process.wait(120) == 0, process.communicate()[1]
+    assert [rank.wait() for rank in start_ranks(2, "train", "--resume", out)] == [0, 0]
     assert record(out, files=False) == record(whole, files=False)
 
 
@@ -309,8 +352,7 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_it(
     )
     assert message in said
     assert f"continue with `mpvg train --resume {out}`" in said
-    _, state = runs.load_checkpoint(out)
-    assert state["position"]["step"] == 4
+    assert read_checkpoint(out).state["position"]["step"] == 4
     assert not list((out / "checkpoints").glob(".*"))
     assert start_mpvg("train", "--resume", out).wait() == 0
     assert start_mpvg(*tiny_command, "--out", tmp_path / "whole").wait() == 0
@@ -379,12 +421,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
     assert f"cannot save step 6 in {out}/checkpoints (No space left on device)" in said
     assert "the previous checkpoint (step-00000004) is kept; make room" in said
     assert said.count("\n") == 1
-    _, state = runs.load_checkpoint(out)
-    assert state["position"]["step"] == 4
+    assert read_checkpoint(out).state["position"]["step"] == 4
 
     resize(small_disk, str(5 * size))  # two, the best, and the one that is being written
     fill = small_disk / "fill"
-    evaluate = loop.evaluate
+    evaluate = ClassificationTask.evaluate
 
     def fill_up(*arguments: Any) -> Any:
         with pytest.raises(OSError, match="No space"), fill.open("wb", buffering=0) as file:
@@ -392,7 +433,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(
                 file.write(b"\0" * 4096)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(loop, "evaluate", fill_up)  # only the moment is chosen; the disk is full indeed
+    monkeypatch.setattr(ClassificationTask, "evaluate", fill_up)  # only the moment is chosen; the disk is full indeed
     (out / "metrics.jsonl").unlink(missing_ok=True)
     assert main(["train", "--resume", str(out)]) == 2
     said = capsys.readouterr().err

@@ -90,8 +90,8 @@ def test_an_unknown_optimizer_is_refused_with_the_nearest_names(tiny: MakeConfig
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adan", "'adan', which cannot be made here"),  # three betas
-        ("bnbadamw", "'bnbadamw', which cannot be made here"),  # another package
+        ("adan", "'adan', which cannot be created here"),  # three betas
+        ("bnbadamw", "'bnbadamw', which cannot be created here"),  # another package
         ("adafactorbv", "state of the optimizer AdafactorBigVision cannot be saved"),
     ],
 )
@@ -244,9 +244,9 @@ def test_a_schedule_that_does_not_go_by_time_is_refused(tiny: MakeConfig, name: 
 @pytest.mark.parametrize(
     ("optim", "message"),
     [
-        ({"frozen": ("blocks[",)}, r"optim\.frozen: 'blocks\[' is no pattern"),
+        ({"frozen": ("blocks[",)}, r"optim\.frozen: 'blocks\[' is not a valid pattern"),
         ({"frozen": ("blokcs",)}, r"optim\.frozen: no parameter matches 'blokcs'"),
-        ({"body_lr": 0.1, "layer_decay": 0.7}, r"optim\.body_lr and optim\.layer_decay both set the rates"),
+        ({"body_lr": 0.1, "layer_decay": 0.7}, r"optim\.body_lr and optim\.layer_decay both set the learning rates"),
     ],
 )
 def test_what_cannot_be_grouped_is_refused(tiny: MakeConfig, optim: dict[str, Any], message: str) -> None:

@@ -1,10 +1,7 @@
-"""Several processes, started as a user starts them: the same steps as one."""
+"""Several processes, with what torchrun would give them: the same steps as one. torchrun itself is in test_kill.py."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +9,42 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-COMMAND = "train --data digits --method mpvg --epochs 2 --batch_size 128 --threads 1 --device cpu --optim.clip_grad 1"
+from mpvg import runs
+from mpvg.cli.main import main
 
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
-def run(out: Path, processes: int, *more: str) -> list[dict[str, Any]]:
-    """Trains with so many processes; returns the lines of metrics."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--master_port", str(free_port()), "-m", "mpvg"]
-    command = [*(launcher if processes > 1 else [sys.executable, "-m", "mpvg"]), *COMMAND.split(), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+COMMAND = "train --data digits --method mpvg --epochs 2 --batch_size 256 --threads 1 --device cpu --optim.clip_grad 1"
+StartRanks = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one") / "run"
-    return out, run(out, 1)
+    assert main([*COMMAND.split(), "--out", str(out)]) == 0
+    return out
 
 
-@pytest.mark.parametrize(("processes", "parts"), [(2, 1), (4, 1), (2, 3)])
+@pytest.mark.parametrize(("processes", "parts"), [(4, 1), (2, 3)])
 def test_the_same_batch_makes_the_same_curve_on_any_number_of_processes(
-    processes: int, parts: int, alone: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    processes: int, parts: int, alone: Path, start_ranks: StartRanks, tmp_path: Path
 ) -> None:
     """Losses to 1e-5 and weights to 1e-4 after two epochs without random layers; every image scored once."""
-    metrics = run(tmp_path / "run", processes, "--accumulate", str(parts))
-    for one, other in zip(alone[1], metrics, strict=True):
+    out = tmp_path / "run"
+    ranks = start_ranks(processes, *COMMAND.split(), "--out", out, "--accumulate", parts)
+    assert [(rank.wait(), rank.said())[0] for rank in ranks] == [0] * processes
+    for one, other in zip(runs.load(alone).metrics(), runs.load(out).metrics(), strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
         assert other["nll"] == pytest.approx(one["nll"], rel=1e-5)
         assert other["lr"] == one["lr"]
         assert other["accuracy"] == one["accuracy"]
-    weights, expected = (load_file(out / "checkpoints/last/model.safetensors") for out in (tmp_path / "run", alone[0]))
+    weights, expected = (load_file(path / "checkpoints/last/model.safetensors") for path in (out, alone))
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-4)
-    assert json.loads((tmp_path / "run/summary.json").read_text())["parameters"] > 0
+    assert json.loads((out / "summary.json").read_text())["parameters"] > 0
 
 
-def test_a_batch_that_does_not_divide_is_refused_without_a_hang(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="batch_size 127 does not divide among 2 processes"):
-        run(tmp_path / "run", 2, "--batch_size", "127")
+def test_a_batch_that_does_not_divide_is_refused_without_a_hang(start_ranks: StartRanks, tmp_path: Path) -> None:
+    ranks = start_ranks(2, *COMMAND.split(), "--out", tmp_path / "run", "--batch_size", "127")
+    for rank in ranks:
+        assert rank.wait() == 2
+        assert "batch_size 127 is not divisible by the number of processes, 2; it counts" in rank.said()
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TC
 
 
 def start(out: Path) -> subprocess.Popen[str]:
-    command = [*TORCHRUN, "--max-restarts", "1", *TRAIN.split(), *DRAWS.split(), "--out", str(out)]
+    command = [*TORCHRUN, "--max-restarts", "2", *TRAIN.split(), *DRAWS.split(), "--out", str(out)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
@@ -33,37 +33,39 @@ def variable(process: int, name: str) -> str:
     return next((line.partition("=")[2] for line in lines if line.startswith(f"{name}=")), "")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(record: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    with start(out) as process:
-        assert process.wait(120) == 0, process.communicate()[1]
-    return record(out)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1], ids=["writer", "reader"])
-def test_a_killed_worker_is_started_again_and_nothing_is_lost(
-    undisturbed: dict[str, Any], processes: Any, record: Record, tmp_path: Path, rank: int
+def test_killed_workers_are_started_again_and_nothing_is_lost(
+    processes: Any, start_ranks: Callable[..., list[Any]], record: Record, tmp_path: Path
 ) -> None:
-    """SIGKILL to one worker once a checkpoint exists; torchrun restarts both, and all but the times is the same."""
-    out = tmp_path / "run"
+    """SIGKILL to the worker that only reads, then to the one that writes, each once there is another checkpoint.
+
+    torchrun restarts both, and all but the times is the same as in an undisturbed run.
+    """
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    ranks = start_ranks(2, *TRAIN.split()[2:], *DRAWS.split(), "--out", whole)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    last = out / "checkpoints/last"
     with start(out) as process:
         try:
-            while process.poll() is None and not (out / "checkpoints/last").is_symlink():
-                time.sleep(0.002)
-            workers = [member for member in processes.below(process.pid) if variable(member, "RANK") == str(rank)]
-            os.kill(workers[0], signal.SIGKILL)
+            for rank in ("1", "0"):
+                before = os.readlink(last) if last.is_symlink() else None
+                while process.poll() is None and (not last.is_symlink() or os.readlink(last) == before):
+                    time.sleep(0.002)
+                workers = [member for member in processes.below(process.pid) if variable(member, "RANK") == rank]
+                os.kill(workers[0], signal.SIGKILL)
+                while process.poll() is None and workers[0] in processes.below(process.pid):
+                    time.sleep(0.002)
             said, errors = process.communicate(timeout=120)
         finally:  # where the test fails, they may wait for each other for ever
             if process.poll() is None:
                 processes.kill_below(process.pid)
     assert process.returncode == 0, errors
-    assert re.search(rf"exitcode: -9\) local_rank: {rank} ", errors), errors
+    for rank in "10":
+        assert re.search(rf"exitcode: -9\) local_rank: {rank} ", errors), errors
     begun = re.findall(r"^training .*$", said, flags=re.MULTILINE)
-    assert len(begun) == 2, said
-    step = re.search(r", from step (\d+)$", begun[1])
-    assert step is not None, begun
-    assert 4 <= int(step[1]) < 22
-    found = record(out)
-    assert [name for name in found | undisturbed if found.get(name) != undisturbed.get(name)] == []
+    assert len(begun) == 3, said
+    steps = [int(step) for step in re.findall(r", from step (\d+)$", "\n".join(begun), flags=re.MULTILINE)]
+    assert len(steps) == 2, begun
+    assert 4 <= steps[0] < steps[1] < 22
+    found, expected = record(out), record(whole)
+    assert [name for name in found | expected if found.get(name) != expected.get(name)] == []

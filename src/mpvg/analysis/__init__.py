@@ -1,1 +1,1 @@
-"""What position embeddings do inside a network, and what a network costs."""
+"""What position embeddings do inside a network, and the cost of a network."""

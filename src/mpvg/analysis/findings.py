@@ -1,4 +1,4 @@
-"""What one pass over images says about a network, in numbers that JSON can hold."""
+"""The numbers that follow from one pass over images, as values that JSON can store."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,76 +8,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpvg.analysis import statistics
-from mpvg.analysis.beyond import Beyond
-from mpvg.analysis.probe import LAST, Collected, Place
-from mpvg.analysis.statistics import Interval, MeanCorrelation
+from mpvg import statistics
+from mpvg.analysis.probe import LAST, LastNormStats, LayerStats, ProbeResult
+from mpvg.analysis.sensitivity import Sensitivity
+from mpvg.models.network import DeliveredNetwork, delivered_network
 from mpvg.runs import Run
+from mpvg.statistics import Interval, MeanCorrelation
 
-FEWEST = 2
-"""Images that every group needs for an interval."""
+MIN_IMAGES_PER_GROUP = 2
+"""Every bootstrap group needs at least this many images for an interval."""
 
 
 @dataclass(frozen=True)
-class Value:
-    """A number, and where it lies by a bootstrap over groups of images; None: too few images."""
+class Estimate:
+    """A number and its confidence interval; None: there are too few images or runs for an interval."""
 
     value: float
     interval: Interval | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceFindings:
-    """A layer, or the Last LN: its tokens behind the LN against its PE, over all patches and channels."""
+class LayerFindings:
+    """A layer, or the Last LN: its tokens after the LN compared with its PE, over all patches and channels.
+
+    The field names are keys of results.json.
+    """
 
     name: str
     """The layer's number, or "Last LN"."""
     delivered: bool
-    """Whether the method delivers a PE there; otherwise the tokens are compared with the raw PE."""
-    r: Value
+    """Whether the method delivers a PE to this layer; otherwise the tokens are compared with the raw PE."""
+    r: Estimate
     """Pearson's r of the tokens' mean over images (Figs. 2, 4, 8)."""
-    r_each: Value
-    """Mean over images of every image's own r."""
+    r_each: Estimate
+    """Pearson's r of every single image, averaged over images."""
     spearman: float
-    """Spearman's correlation of the mean."""
-    cosine: Value
-    """Cosine similarity of the mean."""
+    """Spearman's correlation of the tokens' mean over images."""
+    cosine: Estimate
+    """Cosine similarity of the tokens' mean over images."""
     r_before: float
-    """Pearson's r of the mean before the LN."""
+    """Pearson's r of the tokens' mean before the LN."""
     pe_rank: float
     """Effective rank of the PE."""
     pe_spectrum: list[float]
-    """Share of the PE's power at 1, 2, ... cycles over the image."""
+    """Share of the PE's power at 1, 2, ... cycles per image."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastFindings:
-    """The Last LN (Fig. 6)."""
+class LastNormFindings:
+    """The Last LN (Fig. 6). The field names are keys of results.json."""
 
     gamma: list[float]
+    """Its weight."""
     beta: list[float]
+    """Its bias."""
     shift: list[float] | None
-    """What the delivered PE adds to the mean over patches: beta + shift is the beta of an equal network without it."""
+    """What the delivered PE adds to the mean over patches; a PE of 0 and beta + shift would give the same outputs."""
     beta_variance: float
-    """Over channels, of the population."""
+    """Population variance of beta over channels."""
     beta_variance_effective: float
-    """The same of beta + shift."""
-    mean_token: Value
-    """Mean over images of the cosine similarity of the mean over patches before and behind, delivered PE included."""
-    mean_token_bare: Value
+    """Population variance of beta + shift."""
+    mean_token: Estimate
+    """Cosine similarity of the mean over patches before and after, including the delivered PE; mean over images."""
+    mean_token_bare: Estimate
     """The same without the delivered PE."""
-    class_token: Value | None
-    """The same for the class token; None: there is none."""
+    class_token: Estimate | None
+    """The same for the class token; None: there is no class token."""
     rows: list[float] | None
-    """The same for every token, class token first."""
-    auc_before: Value | None
-    """How well the norm of a token before the Last LN tells object from background; 0.5: not at all (Fig. 7)."""
-    auc_behind: Value | None
-    """The same behind it."""
+    """The same for every token, class token first; None if one vector per image is normalized."""
+    auc_before: Estimate | None
+    """How well a token's norm before the Last LN separates object from background; 0.5: not at all (Fig. 7)."""
+    auc_behind: Estimate | None
+    """The same after the Last LN."""
 
     @property
     def channels(self) -> dict[str, list[float]]:
-        """What Fig. 6 draws over the channels, by name."""
+        """The curves of Fig. 6: name -> a value per channel."""
         curves = {"gamma": self.gamma, "beta": self.beta}
         if self.shift is not None:
             curves["beta + PE's mean"] = [beta + shift for beta, shift in zip(self.beta, self.shift, strict=True)]
@@ -86,151 +92,161 @@ class LastFindings:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """A network on some images."""
+    """What was measured in one network. The field names are keys of results.json."""
 
     images: int
+    """Number of images."""
     accuracy: float
-    places: list[PlaceFindings]
-    slope: Value | None
-    """Change of r from one layer to the next, over the layers that a PE is delivered to, or all if to none."""
+    """On these images."""
+    places: list[LayerFindings]
+    """All layers in order, then the Last LN."""
+    slope: Estimate | None
+    """Change of r per layer, over the layers that receive a PE, or over all layers if none does."""
     slope_layers: list[int]
-    """The layers that it is of."""
-    last: LastFindings
+    """The numbers of these layers."""
+    last: LastNormFindings
     missing: list[str]
-    """What could not be found, and why."""
+    """What could not be measured, and why."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe values; what is undefined is None."""
+        """Values for JSON; undefined numbers become None."""
         values: dict[str, Any] = without_nan(asdict(self))
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class Analysed:
-    """A run, and what was found in it."""
+class AnalyzedRun:
+    """A run and its findings."""
 
     run: Run
     name: str
     """The run folder's name."""
     trained: Findings
+    """Of the trained network."""
     untrained: Findings
-    """The control: of the network that its training began with."""
-    collected: Collected
-    """What the trained network showed."""
-    beyond: Beyond | None
+    """Of the network at initialization, as a control."""
+    result: ProbeResult
+    """The sums from which `trained` was computed."""
+    sensitivity: Sensitivity | None
+    """None: not measured."""
 
 
-Groups = Mapping[str, Sequence[Analysed]]
-"""Runs that differ in the seed only, by name."""
+RunsByConfig = Mapping[str, Sequence[AnalyzedRun]]
+"""Name of a config -> its runs, which differ in the seed only."""
 
 
-def place_names(groups: Groups) -> list[str]:
-    """Names of the places, of the run that has most: the places of the others are the first of them."""
-    return max(([place.name for place in members[0].trained.places] for members in groups.values()), key=len)
+def layer_names(groups: RunsByConfig) -> list[str]:
+    """Names of the layers of the deepest network; the others have the first of them."""
+    return max(([layer.name for layer in members[0].trained.places] for members in groups.values()), key=len)
 
 
-def summarise(model: nn.Module, collected: Collected) -> Findings:
-    """Makes numbers of what one pass over images has collected."""
-    network: Any = model
-    enough = bool((collected.counts >= FEWEST).all())
-    weights = statistics.resamples(len(collected.counts)) if enough else None
+def summarize(model: nn.Module, result: ProbeResult) -> Findings:
+    """Computes the findings from what one pass over images has collected.
+
+    Args:
+        model: the network that `result` was collected from.
+        result: see `mpvg.analysis.probe.collect`.
+    """
+    network = delivered_network(model)
+    enough = bool((result.counts >= MIN_IMAGES_PER_GROUP).all())
+    weights = statistics.resamples(len(result.counts)) if enough else None
     missing = []
     if not enough:
-        needed = FEWEST * len(collected.counts)
-        missing.append(f"{collected.images} images are too few for an interval; allowed: {needed} or more")
-    places, drawn = [], {}
-    for place in collected.places:
-        if place.pe is None:
-            missing.append(f"{place.name}: nothing is delivered there, and the raw PE is of another stage")
+        needed = MIN_IMAGES_PER_GROUP * len(result.counts)
+        missing.append(f"{result.images} images are too few for confidence intervals; at least {needed} are needed")
+    places, draws = [], {}
+    for stats in result.layers:
+        if stats.pe is None:
+            missing.append(f"{stats.name}: no PE is delivered to it, and the raw PE belongs to another stage")
             continue
-        found, drawn[place.name] = _place(place, collected, weights)
+        found, draws[stats.name] = _layer(stats, result.counts, weights)
         places.append(found)
-    if collected.last.rows is None:
-        missing.append(f"{LAST}: it normalises the one vector that is read out, which has no patches to compare")
+    if result.last.rows is None:
+        missing.append(f"{LAST}: it normalizes a single vector per image, so there are no patches to compare")
     if not any(place.delivered for place in places):
         missing.append(
-            "the method delivers no PE: tokens are compared with the raw PE, which they do not receive there"
+            "the method delivers no PE: tokens are compared with the raw PE, which the layers do not receive"
         )
     layers = [p for p in places if p.name != LAST and p.delivered] or [p for p in places if p.name != LAST]
     return Findings(
-        images=collected.images,
-        accuracy=collected.correct / collected.images,
+        images=result.images,
+        accuracy=result.correct / result.images,
         places=places,
-        slope=_slope(layers, drawn),
-        slope_layers=[int(place.name) for place in layers],
-        last=_last(network, collected, weights),
+        slope=_slope(layers, draws),
+        slope_layers=[int(layer.name) for layer in layers],
+        last=_last_norm(network, result.last, weights),
         missing=missing,
     )
 
 
-def _place(place: Place, collected: Collected, weights: Tensor | None) -> tuple[PlaceFindings, Tensor | None]:
-    """A place's findings, and r in each resample."""
-    assert place.pe is not None
-    mean = MeanCorrelation(place.normed, collected.counts, place.pe)
+def _layer(stats: LayerStats, counts: Tensor, weights: Tensor | None) -> tuple[LayerFindings, Tensor | None]:
+    """The findings of a layer, and its r in each resample."""
+    assert stats.pe is not None
+    mean = MeanCorrelation(stats.after, counts, stats.pe)
     draws = None if weights is None else mean.pearson(weights)
-    side = round(len(place.pe) ** 0.5)
-    found = PlaceFindings(
-        name=place.name,
-        delivered=place.delivered,
-        r=_value(float(mean.pearson()), draws),
-        r_each=_of_each(place.each, weights),
+    side = round(len(stats.pe) ** 0.5)
+    found = LayerFindings(
+        name=stats.name,
+        delivered=stats.delivered,
+        r=_estimate(float(mean.pearson()), draws),
+        r_each=_mean(stats.image_r, weights),
         spearman=statistics.spearman(mean.mean, mean.target),
-        cosine=_value(float(mean.cosine()), None if weights is None else mean.cosine(weights)),
-        r_before=statistics.pearson(place.tokens, place.pe),
-        pe_rank=statistics.effective_rank(place.pe),
-        pe_spectrum=statistics.spectrum(place.pe, (side, side)),
+        cosine=_estimate(float(mean.cosine()), None if weights is None else mean.cosine(weights)),
+        r_before=statistics.pearson(stats.before, stats.pe),
+        pe_rank=statistics.effective_rank(stats.pe),
+        pe_spectrum=statistics.spectrum(stats.pe, (side, side)),
     )
     return found, draws
 
 
-def _slope(layers: list[PlaceFindings], drawn: dict[str, Tensor | None]) -> Value | None:
+def _slope(layers: list[LayerFindings], draws: dict[str, Tensor | None]) -> Estimate | None:
+    """Slope of r over depth; `draws` holds r of each layer in each resample."""
     if len(layers) < 2:
         return None
-    where = torch.tensor([float(place.name) for place in layers])
-    value = float(statistics.slope(torch.tensor([place.r.value for place in layers], dtype=torch.float64), where))
-    draws = [drawn[place.name] for place in layers]
-    together = torch.stack([d for d in draws if d is not None], dim=-1) if None not in draws else None
-    return _value(value, None if together is None else statistics.slope(together, where))
+    depths = torch.tensor([float(layer.name) for layer in layers])
+    value = float(statistics.slope(torch.tensor([layer.r.value for layer in layers], dtype=torch.float64), depths))
+    known = [r for layer in layers if (r := draws[layer.name]) is not None]
+    return _estimate(value, statistics.slope(torch.stack(known, dim=-1), depths) if known else None)
 
 
-def _last(network: Any, collected: Collected, weights: Tensor | None) -> LastFindings:
-    last = collected.last
+def _last_norm(network: DeliveredNetwork, stats: LastNormStats, weights: Tensor | None) -> LastNormFindings:
     beta = network.norm.bias.detach().cpu().double()
-    delivered = network.deliver(network.position()).last
-    averages = delivered is not None and network.global_pool == "avg"
-    shift = network.pool(delivered)[0].detach().cpu().double() if averages else None
-    auc = None if last.auc is None else [_of_each(last.auc, weights, at) for at in (0, 1)]
-    return LastFindings(
+    delivered = network.deliver(network.raw_pos_embed()).last
+    shift = None
+    if delivered is not None and network.global_pool == "avg":
+        shift = network.pool(delivered)[0].detach().cpu().double()
+    auc = None if stats.auc is None else [_mean(stats.auc, weights, index) for index in (0, 1)]
+    return LastNormFindings(
         gamma=network.norm.weight.detach().cpu().double().tolist(),
         beta=beta.tolist(),
         shift=None if shift is None else shift.tolist(),
         beta_variance=statistics.variance(beta),
         beta_variance_effective=statistics.variance(beta if shift is None else beta + shift),
-        mean_token=_of_each(last.mean_token, weights),
-        mean_token_bare=_of_each(last.mean_token_bare, weights),
-        class_token=None if last.class_token is None else _of_each(last.class_token, weights),
-        rows=None if last.rows is None else last.rows.mean().tolist(),
+        mean_token=_mean(stats.mean_token, weights),
+        mean_token_bare=_mean(stats.mean_token_bare, weights),
+        class_token=None if stats.class_token is None else _mean(stats.class_token, weights),
+        rows=None if stats.rows is None else stats.rows.mean().tolist(),
         auc_before=None if auc is None else auc[0],
         auc_behind=None if auc is None else auc[1],
     )
 
 
-def _of_each(values: statistics.GroupedMean, weights: Tensor | None, at: int | None = None) -> Value:
-    """The mean over images of a value each, or of one of several."""
+def _mean(values: statistics.GroupedMean, weights: Tensor | None, index: int | None = None) -> Estimate:
+    """The mean over images, of the entry at an index if there are several values per image."""
     mean, draws = values.mean(), None if weights is None else values.mean(weights)
-    if at is not None:
-        mean, draws = mean[at], None if draws is None else draws[:, at]
-    return _value(float(mean), draws)
+    if index is not None:
+        mean, draws = mean[index], None if draws is None else draws[:, index]
+    return _estimate(float(mean), draws)
 
 
-def _value(value: float, draws: Tensor | None) -> Value:
+def _estimate(value: float, draws: Tensor | None) -> Estimate:
     if draws is None or not draws.isfinite().all():
-        return Value(value)
-    return Value(value, statistics.interval(value, draws))
+        return Estimate(value)
+    return Estimate(value, statistics.bootstrap_interval(value, draws))
 
 
 def without_nan(value: Any) -> Any:
-    """Dicts and lists with None for every number that is NaN or infinite, which JSON has none of."""
+    """Replaces NaN and infinite numbers, which JSON does not have, by None, also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

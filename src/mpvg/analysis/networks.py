@@ -1,9 +1,10 @@
-"""What a network costs under a method, and which networks run which methods."""
+"""The size and cost of a network with a method, and which networks support which methods."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method
@@ -12,28 +13,30 @@ from mpvg.models import create_model
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a network is under a method."""
+    """Properties of a network with a method."""
 
     spec: DeliverySpec
-    """The method as the network runs it."""
+    """The method, resolved for this network."""
     pool: str
-    """How the network reads out: timm's name of its pooling."""
+    """Pooling before the head, by its name in timm."""
     depth: int
-    """Layers."""
+    """Number of layers."""
     parameters: int
-    """Parameters, frozen ones included, as the paper counts them."""
+    """Number of parameters including frozen ones, as in the paper."""
     delivery_parameters: int
-    """Those of the LN' among them."""
+    """Number of parameters in the LN'."""
     flops: int
-    """Floating-point operations of a forward pass with one image: two for each multiply-add."""
+    """Floating-point operations of a forward pass with one image; a multiply-add counts as two."""
     image: tuple[int, int, int]
     """Channels, height and width of that image."""
 
 
 def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
-    """Counts a network at full size without allocating it; arguments and errors as `create_model`."""
+    """Measures a network at full size without allocating it; arguments and errors are those of `create_model`."""
     with torch.device("meta"), torch.no_grad():
-        model: Any = create_model(name, method, **kwargs).eval().requires_grad_(False)  # the counter asks for gradients
+        model: Any = (
+            create_model(name, method, **kwargs).eval().requires_grad_(False)
+        )  # the counter would ask for gradients
         image = (model.in_chans, *model.patch_embed.img_size)
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image))
@@ -41,11 +44,15 @@ def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
         spec=model.spec,
         pool=model.global_pool,
         depth=len(model.blocks),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        delivery_parameters=sum(parameter.numel() for parameter in model.delivery.parameters()),
+        parameters=_count(model),
+        delivery_parameters=_count(model.delivery),
         flops=counter.get_total_flops(),
         image=image,
     )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 _COUNTED = ("default", "lape", "pvg", "mpvg")
@@ -65,48 +72,52 @@ _CANNOT_MATCH = {
         "swin_tiny_patch4_window7_224",
         "lape",
     ): "12 LN' make 28,598,242; 28.599 needs 758 more, and LaPE's Swin is unpublished",
-    ("ceit_tiny_patch16_224", "pvg"): "256 short; an idle LN' in the LCA block, or the class token kept, would fit",
-    ("vit_lite_7_patch4_32", "lape"): "the paper cuts off after three decimals, and this row alone looks rounded",
+    (
+        "ceit_tiny_patch16_224",
+        "pvg",
+    ): "256 too few; an unused LN' in the LCA block, or keeping the class token, would fit",
+    ("vit_lite_7_patch4_32", "lape"): "the paper truncates to three decimals; only this row looks rounded",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """One row of the paper's #Params beside ours."""
+    """One entry of the paper's #Params, compared with ours."""
 
     network: str
-    """Its name."""
+    """Name of the network."""
     num_classes: int
-    """Classes of the head: 1000 for ImageNet (Table 1), 100 for CIFAR-100 (Table 2)."""
+    """Number of classes: 1000 for ImageNet (Table 1), 100 for CIFAR-100 (Table 2)."""
     method: str
-    """Its name."""
+    """Name of the method."""
     parameters: int
-    """Counted here, frozen ones included."""
+    """Our number of parameters, including frozen ones."""
     paper: str
-    """The paper's figure, in millions, cut off after three decimals."""
+    """The paper's number in millions, truncated to three decimals."""
     reason: str
-    """Why no reading of the paper gives its figure, where none does; otherwise empty."""
+    """Why no reading of the paper gives its number; empty if ours agrees."""
 
     @property
     def shown(self) -> str:
-        """The count as the paper prints it."""
+        """Our number in the paper's format."""
         return f"{self.parameters // 1_000_000}.{self.parameters // 1000 % 1000:03d}"
 
 
 def parameter_table() -> list[Count]:
     """Counts all 32 networks of Tables 1 and 2."""
-    return [
-        Count(
-            network=network,
-            num_classes=classes,
-            method=method,
-            parameters=inspect(network, method, num_classes=classes).parameters,
-            paper=paper,
-            reason=_CANNOT_MATCH.get((network, method), ""),
-        )
-        for (network, classes), row in _PAPER_MILLIONS.items()
-        for method, paper in zip(_COUNTED, row, strict=True)
-    ]
+    with torch.device("meta"):
+        return [
+            Count(
+                network=network,
+                num_classes=classes,
+                method=method,
+                parameters=_count(create_model(network, method, num_classes=classes)),
+                paper=paper,
+                reason=_CANNOT_MATCH.get((network, method), ""),
+            )
+            for (network, classes), row in _PAPER_MILLIONS.items()
+            for method, paper in zip(_COUNTED, row, strict=True)
+        ]
 
 
 SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -118,21 +129,21 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "timm's, read-out kept": ("timm/vit_tiny_patch16_224", {}),
     "timm's, the method's read-out": ("timm/vit_tiny_patch16_224", {"readout": "method"}),
 }
-"""One network of each family, with arguments: the columns of `support_table`."""
+"""The columns of `support_table`: one network of each family, with its arguments."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a network runs a method."""
+    """Whether a network supports a method."""
 
     same_as: str | None = None
-    """An earlier method that is the same in this network."""
+    """An earlier method that is identical in this network; None: there is none."""
     refused: str | None = None
-    """Why it does not."""
+    """The error message if the method is not supported, otherwise None."""
 
 
 def support_table() -> dict[str, dict[str, Support]]:
-    """Builds every method on one network of each family: method -> column of SUPPORTED -> what became of it."""
+    """Builds every method with one network of each family; returns method -> column of SUPPORTED -> result."""
     table: dict[str, dict[str, Support]] = {method: {} for method in METHODS}
     for column, (name, kwargs) in SUPPORTED.items():
         first: dict[DeliverySpec, str] = {}

@@ -1,87 +1,88 @@
-"""One pass over images with a probe in the network: running sums, in float64 and of constant size."""
+"""One pass over images with a probe in the network, which keeps running sums of constant size, in float64."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpvg.analysis import statistics
-from mpvg.analysis.statistics import GroupedMean
+from mpvg import statistics
 from mpvg.data import DataInfo
+from mpvg.models.network import DeliveredNetwork, delivered_network
+from mpvg.statistics import GroupedMean
 
-GROUPS = 20
-"""Groups that images are dealt out to, one after another: what a bootstrap resamples."""
-PICKED = 12
-"""Images whose token norms are kept, to be looked at."""
+BOOTSTRAP_GROUPS = 20
+"""Number of groups that the images are divided into, in turn; the bootstrap resamples the groups."""
+MAX_SAMPLES = 12
+"""Maximum number of images that are kept with their token norms."""
 LAST = "Last LN"
 BLACK_BACKGROUND = ("digits", "fashion-mnist")
-"""Sets whose images show one object on black, so that where it is need not be drawn by hand."""
+"""Data sets whose images show one object on black, so that a mask of the object follows from the pixels."""
 
 
 @dataclass
-class Place:
-    """A layer or the Last LN, and the sums of what it was shown; rows are patches."""
+class LayerStats:
+    """Sums over images of the tokens before and after one LN: that of a layer, or the Last LN. Each row is a patch."""
 
     name: str
     """The layer's number, or "Last LN"."""
     pe: Tensor | None
-    """What the tokens are compared with, `(N, C)`: the delivered PE, or else the raw one; None: none fits."""
+    """The PE that the tokens are compared with, `(N, C)`: delivered, or else raw; None: it has another shape."""
     delivered: bool
-    """Whether the method delivers `pe` there."""
-    tokens: Tensor
-    """Sum over images of the tokens before the LN, `(N, C)`."""
-    normed: Tensor
-    """Sums over the images of each group of the tokens behind it, `(G, N, C)`."""
-    each: GroupedMean
-    """Correlation of every single image's tokens behind the LN with `pe`."""
+    """Whether the method delivers `pe` to this layer."""
+    before: Tensor
+    """Sum over all images of the tokens before the LN, `(N, C)`."""
+    after: Tensor
+    """Sum over the images of each group of the tokens after the LN, `(G, N, C)`."""
+    image_r: GroupedMean
+    """Correlation of the tokens after the LN with `pe`, computed for every image on its own."""
 
 
 @dataclass
-class LastNorm:
-    """What the Last LN does to directions and lengths; sums over the images of each group."""
+class LastNormStats:
+    """How the Last LN changes the direction and the length of tokens; sums over the images of each group."""
 
     mean_token: GroupedMean
-    """Cosine similarity of the mean over patches before and behind it, the delivered PE included."""
+    """Cosine similarity of the mean over patches before and after the Last LN, including the delivered PE."""
     mean_token_bare: GroupedMean
     """The same without the delivered PE."""
     class_token: GroupedMean | None
-    """Cosine similarity of the class token before and behind it."""
+    """Cosine similarity of the class token before and after; None: there is no class token."""
     rows: GroupedMean | None
-    """The same for every token, class token first, `(tokens,)`; None where it normalises one vector (CeiT)."""
+    """The same for every token, class token first, `(tokens,)`; None if one vector per image is normalized (CeiT)."""
     auc: GroupedMean | None
-    """How well token norms find the object, before and behind it, `(2,)`: statistics.auc; None: no masks."""
+    """How well token norms find the object, before and after, `(2,)`: `statistics.auc`; None: there are no masks."""
 
 
 @dataclass
-class Picked:
-    """An image whose token norms are kept."""
+class SampleImage:
+    """An image that is kept with its token norms."""
 
     image: Tensor
-    """`(C, H, W)`, as the network sees it."""
+    """`(C, H, W)`, as the network receives it, with the normalization of the data."""
     before: Tensor
     """L2 norms before the Last LN, `(N,)`."""
-    behind: Tensor
-    """L2 norms behind it, with the delivered PE, `(N,)`."""
+    after: Tensor
+    """L2 norms after the Last LN, including the delivered PE, `(N,)`."""
 
 
 @dataclass
-class Collected:
-    """What one pass found."""
+class ProbeResult:
+    """What was collected in one pass."""
 
     counts: Tensor
-    """Images of each group, `(G,)`."""
+    """Number of images in each group, `(G,)`."""
     correct: int
-    """Images whose most probable class is right."""
-    places: list[Place]
-    last: LastNorm
-    picked: list[Picked] = field(default_factory=list)
+    """Number of images whose most probable class is the target."""
+    layers: list[LayerStats]
+    """All layers in order, then the Last LN if it normalizes tokens."""
+    last: LastNormStats
+    samples: list[SampleImage] = field(default_factory=list)
 
     @property
     def images(self) -> int:
-        """All images."""
+        """Number of images."""
         return int(self.counts.sum())
 
 
@@ -91,38 +92,38 @@ def collect(
     batches: Iterable[tuple[Tensor, Tensor]],
     info: DataInfo,
     *,
-    groups: int = GROUPS,
+    groups: int = BOOTSTRAP_GROUPS,
     keep_every: int = 1,
-) -> Collected:
-    """Shows a network images, once each, and sums up what its probe is shown.
+) -> ProbeResult:
+    """Runs a network on images, once each, and collects the sums of what its probe receives.
 
     Args:
-        model: a network of this package, whose Last-LN PE is not folded into a bias.
+        model: a network of this package, not folded.
         batches: preprocessed images `(B, C, H, W)` and targets.
-        info: of the data.
-        groups: of images, for intervals; image i is in group i % groups.
-        keep_every: one of so many images is kept to be looked at, PICKED in all.
+        info: description of the data.
+        groups: number of groups for the bootstrap; image i is in group i % groups.
+        keep_every: every keep_every-th image is kept as a sample, up to MAX_SAMPLES.
 
     Raises:
-        ValueError: a PE is folded into the Last LN, no Last LN is on the tokens, there is no image, or a value is NaN
-            or infinite.
+        ValueError: the network is folded, it has no Last LN on its tokens, there is no image, or an output is NaN or
+            infinite.
     """
-    network: Any = model.eval()
-    if getattr(network.delivery, "averages_to_zero", False):
-        raise ValueError("the network is folded: its Last-LN PE is part of a bias; analyse the one it was folded from")
+    network = delivered_network(model.eval())
+    if network.delivery.last_mean_folded:
+        raise ValueError("the network is folded: its Last-LN PE is part of a bias; analyze the network before folding")
     if getattr(network.norm, "bias", None) is None:
         raise ValueError(
-            "the network has no Last LN on its tokens, with a gamma and a beta, that could be looked at; "
-            "one of timm's that normalises the mean of its tokens gets it with readout='method'"
+            "the network has no Last LN with weight and bias on its tokens; "
+            "convert a timm network that normalizes the mean of its tokens with readout='method'"
         )
     collector = _Collector(network, info, groups, keep_every)
     network.probe = collector
     try:
         for images, targets in batches:
-            collector.begin(images)
-            logits = network(images)
+            collector.start_batch(images)
+            logits = model(images)
             if not logits.isfinite().all():
-                raise ValueError("the network answers with NaN or infinite values; its weights are of no use")
+                raise ValueError("the outputs of the network contain NaN or infinite values; use another checkpoint")
             collector.correct += int((logits.argmax(dim=1) == targets).sum())
     finally:
         network.probe = None
@@ -130,45 +131,45 @@ def collect(
 
 
 class _Collector:
-    """The probe."""
+    """The probe that is set in the network; see `mpvg.models.probing.Probe`."""
 
-    def __init__(self, network: Any, info: DataInfo, groups: int, keep_every: int) -> None:
+    def __init__(self, network: DeliveredNetwork, info: DataInfo, groups: int, keep_every: int) -> None:
         self.info, self.groups, self.keep_every = info, groups, keep_every
-        self.prefix = int(getattr(network, "num_prefix_tokens", 0))
-        self.raw = network.position()[0].detach()
+        self.prefix = network.num_prefix_tokens
+        self.raw = network.raw_pos_embed()[0].detach()
         self.has_class_token = network.global_pool == "token"
         self.counts = torch.zeros(groups, dtype=torch.float64)
         self.correct = 0
-        self.places: dict[str, Place] = {}
-        self.last_norm: LastNorm | None = None
-        self.picked: list[Picked] = []
-        self.images, self.number, self.group = torch.empty(0), torch.empty(0), torch.empty(0)
+        self.layers: dict[str, LayerStats] = {}
+        self.last_norm: LastNormStats | None = None
+        self.samples: list[SampleImage] = []
+        self.images, self.indices, self.group = torch.empty(0), torch.empty(0), torch.empty(0)
 
-    def begin(self, images: Tensor) -> None:
-        """A batch comes."""
-        self.images, self.number = images, int(self.counts.sum()) + torch.arange(len(images))
-        self.group = self.number % self.groups
+    def start_batch(self, images: Tensor) -> None:
+        """Must be called before the network sees the next batch."""
+        self.images, self.indices = images, int(self.counts.sum()) + torch.arange(len(images))
+        self.group = self.indices % self.groups
         self.counts.index_add_(0, self.group, torch.ones(len(images), dtype=torch.float64))
 
     def layer(self, layer: int, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
         self._add(str(layer), tokens, normed, pe)
 
     def last(self, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
-        if tokens.ndim == 2:  # one vector of all layers: nothing with rows can be said of it
+        if tokens.ndim == 2:  # a single vector per image: there are no patches to compare
             self._add_last(tokens[:, None], normed[:, None], None if pe is None else pe[:, None], patches=0)
             return
         self._add(LAST, tokens, normed, pe)
         self._add_last(_rows(tokens), _rows(normed), pe, patches=self.prefix)
 
     def _add(self, name: str, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
-        before, behind = (_rows(value)[:, self.prefix :].cpu().double() for value in (tokens, normed))
-        place = self.places.get(name)
-        if place is None:
+        before, after = (_rows(value)[:, self.prefix :].cpu().double() for value in (tokens, normed))
+        stats = self.layers.get(name)
+        if stats is None:
             compared = (self.raw if pe is None else pe[0]).detach().cpu().double()
-            if len(compared) == before.shape[1] + self.prefix:  # prefix tokens, where they have rows, come first
+            if len(compared) == before.shape[1] + self.prefix:  # the rows of the prefix tokens come first
                 compared = compared[self.prefix :]
             fits = compared.shape == before.shape[1:]
-            place = self.places[name] = Place(
+            stats = self.layers[name] = LayerStats(
                 name,
                 compared if fits else None,
                 pe is not None,
@@ -176,19 +177,19 @@ class _Collector:
                 before.new_zeros(self.groups, *before.shape[1:]),
                 GroupedMean(self.groups),
             )
-        place.tokens += before.sum(dim=0)
-        place.normed.index_add_(0, self.group, behind)
-        if place.pe is not None:
-            place.each.add(self.group, _correlations(behind.flatten(1), place.pe.flatten()))
+        stats.before += before.sum(dim=0)
+        stats.after.index_add_(0, self.group, after)
+        if stats.pe is not None:
+            stats.image_r.add(self.group, _correlations(after.flatten(1), stats.pe.flatten()))
 
     def _add_last(self, tokens: Tensor, normed: Tensor, pe: Tensor | None, *, patches: int) -> None:
-        """Tokens `(B, rows, C)` whose patches begin at row `patches`."""
+        """Adds tokens `(B, rows, C)`, whose patches start at row `patches`."""
         before, bare = tokens.cpu().double(), normed.cpu().double()
-        behind = bare if pe is None else bare + pe.cpu().double()
+        after = bare if pe is None else bare + pe.cpu().double()
         one_vector = before.shape[1] == 1
-        masks = None if one_vector else _objects(self.images, self.info, before.shape[1] - patches)
+        masks = None if one_vector else _object_masks(self.images, self.info, before.shape[1] - patches)
         if self.last_norm is None:
-            self.last_norm = LastNorm(
+            self.last_norm = LastNormStats(
                 GroupedMean(self.groups),
                 GroupedMean(self.groups),
                 GroupedMean(self.groups) if self.has_class_token else None,
@@ -197,43 +198,43 @@ class _Collector:
             )
         last = self.last_norm
         mean = before[:, patches:].mean(dim=1)
-        last.mean_token.add(self.group, F.cosine_similarity(mean, behind[:, patches:].mean(dim=1), dim=-1, eps=0))
+        last.mean_token.add(self.group, F.cosine_similarity(mean, after[:, patches:].mean(dim=1), dim=-1, eps=0))
         last.mean_token_bare.add(self.group, F.cosine_similarity(mean, bare[:, patches:].mean(dim=1), dim=-1, eps=0))
-        rows = F.cosine_similarity(before, behind, dim=-1, eps=0)
+        rows = F.cosine_similarity(before, after, dim=-1, eps=0)
         if last.class_token is not None:
             last.class_token.add(self.group, rows[:, 0])
         if last.rows is not None:
             last.rows.add(self.group, rows)
-            norms = torch.stack([before[:, patches:].norm(dim=-1), behind[:, patches:].norm(dim=-1)], dim=1)
+            norms = torch.stack([before[:, patches:].norm(dim=-1), after[:, patches:].norm(dim=-1)], dim=1)
             if last.auc is not None and masks is not None:
-                found = [[statistics.auc(n, mask) for n in pair] for pair, mask in zip(norms, masks, strict=True)]
-                last.auc.add(self.group, torch.tensor(found, dtype=torch.float64))
-            for number, image, (first, second) in zip(self.number.tolist(), self.images, norms, strict=True):
-                if number % self.keep_every == 0 and len(self.picked) < PICKED:
-                    # Copies: a view would keep its whole batch, or change with it.
-                    self.picked.append(Picked(image.cpu().clone(), first.clone(), second.clone()))
+                aucs = [[statistics.auc(n, mask) for n in pair] for pair, mask in zip(norms, masks, strict=True)]
+                last.auc.add(self.group, torch.tensor(aucs, dtype=torch.float64))
+            for index, image, (first, second) in zip(self.indices.tolist(), self.images, norms, strict=True):
+                if index % self.keep_every == 0 and len(self.samples) < MAX_SAMPLES:
+                    # Copies: a view would keep its whole batch in memory, and change if the batch is overwritten.
+                    self.samples.append(SampleImage(image.cpu().clone(), first.clone(), second.clone()))
 
-    def result(self) -> Collected:
-        """What was found."""
+    def result(self) -> ProbeResult:
+        """The sums over all batches."""
         if self.last_norm is None:
             raise ValueError("no image could be read; give data with readable images")
-        return Collected(self.counts, self.correct, list(self.places.values()), self.last_norm, self.picked)
+        return ProbeResult(self.counts, self.correct, list(self.layers.values()), self.last_norm, self.samples)
 
 
 def _rows(tokens: Tensor) -> Tensor:
-    """Tokens of any network as `(B, N, C)`."""
+    """Tokens `(B, ..., C)` of any network as `(B, N, C)`."""
     return tokens.flatten(1, -2)
 
 
 def _correlations(values: Tensor, target: Tensor) -> Tensor:
-    """Pearson's r of each row of `(B, K)` with `(K,)`."""
-    target = statistics.centred(target)
+    """Pearson's r of each row of `values` `(B, K)` with `target` `(K,)`."""
+    target = statistics.centered(target)
     spread = values.square().sum(dim=1) - values.shape[1] * values.mean(dim=1).square()
     return values @ target / (spread.clamp(min=0).sqrt() * target.norm())
 
 
-def _objects(images: Tensor, info: DataInfo, patches: int) -> Tensor | None:
-    """Which patches are at least half on the object, `(B, patches)`; None where that is not known."""
+def _object_masks(images: Tensor, info: DataInfo, patches: int) -> Tensor | None:
+    """Whether at least half of a patch lies on the object, `(B, patches)`; None if it is not known for this data."""
     if info.name not in BLACK_BACKGROUND:
         return None
     side = round(patches**0.5)

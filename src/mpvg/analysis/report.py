@@ -4,20 +4,24 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpvg import runs
-from mpvg.analysis import beyond, drawing, page, sentences
-from mpvg.analysis.findings import Analysed, Findings, Groups, summarise
-from mpvg.analysis.probe import PICKED, Collected, collect
+from mpvg.analysis import drawing, page
+from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, summarize
+from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
+from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
+from mpvg.analysis.sentences import make_sentences
 from mpvg.config import RunConfig
-from mpvg.data import Batches, open_data
 from mpvg.runs import Run
-from mpvg.saving import Which
+from mpvg.runs.checkpoints import Which
+from mpvg.runs.environment import environment
+from mpvg.runs.files import write_json
 
 IMAGES = 1000
 BATCH = 32
@@ -25,141 +29,119 @@ BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How runs are analysed."""
+    """How to analyze runs."""
 
     data: str | None = None
-    """Another data set or folder than the run's; None: its own. Validation images are taken."""
+    """Data set or folder, of which the validation images are used; None: that of the run."""
     images: int = IMAGES
-    """How many of them, spread evenly over the set."""
+    """Number of images, spread evenly over the set."""
     which: Which = "last"
-    """The checkpoint."""
+    """Which checkpoint."""
     ema: bool = False
-    """Whether the averaged weights are meant."""
-    beyond: int = 0
-    """Images for the measurements of `beyond`, which run the network some hundred times; 0: leave them out."""
+    """Whether to use the averaged weights."""
+    sensitivity_images: int = 0
+    """Number of images for `mpvg.analysis.sensitivity`, which runs the network about a hundred times; 0: skip it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """What `analyze` wrote."""
 
     page: Path
-    """report.html; results.json, layers.csv and figures/ are beside it."""
-    said: dict[str, list[str]]
-    """The findings in words, of runs that differ in the seed only."""
+    """report.html; results.json, layers.csv and figures/ are in the same folder."""
+    sentences: dict[str, list[str]]
+    """Name of a config -> the findings in words, of its runs, which differ in the seed only."""
     problems: dict[str, str]
-    """Run -> why it is left out."""
+    """Run -> why it was skipped."""
 
 
 def analyze(paths: Sequence[str | Path], out: Path, options: Options) -> Report:
-    """Analyses runs and writes report.html, results.json, layers.csv and figures/ into a folder.
+    """Analyzes runs and writes report.html, results.json, layers.csv and figures/ into a folder.
 
-    Runs that differ in nothing but the seed are repetitions of one another. A run that cannot be analysed is named in
-    the report, with the reason, and the rest is made.
+    Runs that differ in the seed only are treated as repetitions. A run that cannot be analyzed is skipped; the report
+    gives the reason.
 
     Raises:
-        ValueError: no run can be analysed.
+        ValueError: none of the runs can be analyzed, or a number of images is out of range.
     """
-    if options.images < 1 or options.beyond < 0:
-        raise ValueError(f"images is {options.images} and beyond {options.beyond}; allowed: from 1, and from 0")
-    analysed, problems = [], {}
+    if options.images < 1 or options.sensitivity_images < 0:
+        raise ValueError(
+            f"images must be at least 1 and beyond at least 0; "
+            f"got images={options.images} and beyond={options.sensitivity_images}"
+        )
+    analyzed, problems = [], {}
     for path in paths:
         try:
-            analysed.append(analyse_run(runs.load(path), options))
+            analyzed.append(analyze_run(runs.load(path), options))
         except (ValueError, OSError) as error:
             problems[str(path)] = str(error)
-    if not analysed:
+    if not analyzed:
         raise ValueError("; ".join(f"{path}: {reason}" for path, reason in problems.items()))
-    return write(out, analysed, problems, title="What position embeddings do")
+    return write(out, analyzed, problems, title="What position embeddings do")
 
 
 @torch.inference_mode()
-def analyse_run(run: Run, options: Options) -> Analysed:
-    """Analyses a run, and the network that its training began with.
+def analyze_run(run: Run, options: Options) -> AnalyzedRun:
+    """Analyzes a run and, as a control, the network that its training started from.
 
     Raises:
-        FileNotFoundError: there is no checkpoint, or no data.
-        ValueError: weights or data are damaged or do not fit.
+        FileNotFoundError: the checkpoint or the data are missing.
+        ValueError: weights or data are damaged, or do not fit the network.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
-    model, start = (network.to(device) for network in (run.model(options.which, ema=options.ema), run.untrained()))
+    model, untrained_model = (
+        network.to(device) for network in (run.model(options.which, ema=options.ema), run.initial_model())
+    )
+    open_images = partial(run.validation, device, data=options.data, batch_size=BATCH)
     if options.data is not None:
         config, info = replace(run.config, data=options.data), replace(run.info, name=options.data)
         run = replace(run, config=config, info=info)
-    shown = Share(run, options.images, device)
+    batches = open_images(images=options.images)
+    keep_every = max(1, min(options.images, run.info.val_size) // MAX_SAMPLES)
 
-    def find(network: nn.Module) -> tuple[Findings, Collected]:
-        few = max(1, min(options.images, run.info.val_size) // PICKED)
-        collected = collect(network, shown, run.info, keep_every=few)
-        return summarise(network, collected), collected
+    def probe(network: nn.Module) -> tuple[Findings, ProbeResult]:
+        result = collect(network, batches.epoch(), run.info, keep_every=keep_every)
+        return summarize(network, result), result
 
-    (trained, collected), (untrained, _) = find(model), find(start)
-    further = None
-    if options.beyond:
-        further = beyond.look_beyond(model, beyond.Held(list(Share(run, options.beyond, device))))
-    return Analysed(
-        run=run,
-        name=run.path.name,
-        trained=trained,
-        untrained=untrained,
-        collected=collected,
-        beyond=further,
+    (trained, result), (untrained, _) = probe(model), probe(untrained_model)
+    sensitivity = None
+    if options.sensitivity_images:
+        few = list(open_images(images=options.sensitivity_images).epoch())
+        sensitivity = measure_sensitivity(model, CachedBatches(few))
+    return AnalyzedRun(
+        run=run, name=run.path.name, trained=trained, untrained=untrained, result=result, sensitivity=sensitivity
     )
 
 
-class Share:
-    """So many validation images, spread evenly over the set, which is in the order of its classes; all if it has fewer.
-
-    They are those that one of several processes would evaluate, so that no more images than these are read. The set is
-    opened once, for any number of passes.
-    """
-
-    def __init__(self, run: Run, images: int, device: torch.device) -> None:
-        info = run.data(device).info
-        parts = max(1, info.val_size // images)
-        batch = max(1, min(BATCH, info.train_size // parts))
-        plain = replace(run.config.augment, mixup=0.0, cutmix=0.0)  # they ask for an even batch size
-        config = replace(run.config, batch_size=batch * parts, augment=plain)
-        self.images = images
-        self.batches: Batches = open_data(config, device=device, rank=0, world_size=parts).val
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        left = self.images
-        for some, targets in self.batches.epoch():
-            yield some[:left], targets[:left]
-            left -= len(some)
-            if left <= 0:
-                return
-
-
-def write(out: Path, analysed: Sequence[Analysed], problems: dict[str, str], *, title: str, front: str = "") -> Report:
-    """Writes what was found.
+def write(
+    out: Path, analyzed: Sequence[AnalyzedRun], problems: dict[str, str], *, title: str, front: str = ""
+) -> Report:
+    """Writes report.html, results.json, layers.csv and figures/.
 
     Args:
         out: folder for all files.
-        analysed: the runs.
-        problems: run -> why it could not be analysed.
-        title: of the page.
-        front: HTML above everything else on it.
-
+        analyzed: the runs.
+        problems: run -> why it could not be analyzed.
+        title: title of the page.
+        front: HTML between the title and the findings.
     """
-    groups = _groups(analysed)
-    said = {name: sentences.say(members) for name, members in groups.items()}
+    groups = _group_by_config(analyzed)
+    sentences = {name: make_sentences(members) for name, members in groups.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    runs.write_json(out / "results.json", _results(groups, said, problems))
+    write_json(out / "results.json", _results(groups, sentences, problems))
     with (out / "layers.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, _COLUMNS)
         table.writeheader()
         table.writerows(row for name, members in groups.items() for one in members for row in _rows(name, one))
     pictures = drawing.draw(groups, out / "figures")
     path = out / "report.html"
-    path.write_text(page.render(groups, said, problems, pictures, title=title, front=front))
-    return Report(path, said, problems)
+    path.write_text(page.render(groups, sentences, problems, pictures, title=title, front=front))
+    return Report(path, sentences, problems)
 
 
-def _results(groups: Groups, said: dict[str, list[str]], problems: dict[str, str]) -> dict[str, Any]:
+def _results(groups: RunsByConfig, sentences: dict[str, list[str]], problems: dict[str, str]) -> dict[str, Any]:
     return {
-        "sentences": said,
+        "sentences": sentences,
         "runs": [
             {
                 "run": str(one.run.path),
@@ -167,13 +149,13 @@ def _results(groups: Groups, said: dict[str, list[str]], problems: dict[str, str
                 "config": one.run.config.to_dict(),
                 "trained": one.trained.to_dict(),
                 "untrained": one.untrained.to_dict(),
-                "beyond": None if one.beyond is None else asdict(one.beyond),
+                "beyond": None if one.sensitivity is None else asdict(one.sensitivity),
             }
             for name, members in groups.items()
             for one in members
         ],
         "problems": problems,
-        "environment": runs.environment(),
+        "environment": environment(),
     }
 
 
@@ -183,32 +165,32 @@ _COLUMNS = (
 )
 
 
-def _rows(group: str, one: Analysed) -> Iterator[dict[str, Any]]:
-    """A row a place, of the trained and of the untrained network."""
+def _rows(group: str, one: AnalyzedRun) -> Iterator[dict[str, Any]]:
+    """The rows of layers.csv: one per layer, of the trained and of the untrained network."""
     for network, findings in (("trained", one.trained), ("untrained", one.untrained)):
-        for place in findings.places:
+        for layer in findings.places:
             row: dict[str, Any] = {"run": str(one.run.path), "group": group, "seed": one.run.config.seed}
-            row |= {"network": network, "place": place.name, "delivered": place.delivered}
+            row |= {"network": network, "place": layer.name, "delivered": layer.delivered}
             for name in ("r", "r_each", "cosine"):
-                value = getattr(place, name)
-                low, high = value.interval or (None, None)
-                row |= {name: value.value, f"{name}_low": low, f"{name}_high": high}
-            yield row | {"spearman": place.spearman, "r_before": place.r_before, "pe_rank": place.pe_rank}
+                estimate = getattr(layer, name)
+                low, high = estimate.interval or (None, None)
+                row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
+            yield row | {"spearman": layer.spearman, "r_before": layer.r_before, "pe_rank": layer.pe_rank}
 
 
-def _groups(analysed: Sequence[Analysed]) -> dict[str, list[Analysed]]:
-    """Runs that differ in the seed only, by the shortest name that tells them from the others."""
-    together: dict[str, list[Analysed]] = {}
-    for one in analysed:
-        together.setdefault(replace(one.run.config, seed=0).digest(), []).append(one)
-    names = {digest: _method(members[0].run.config) for digest, members in together.items()}
+def _group_by_config(analyzed: Sequence[AnalyzedRun]) -> dict[str, list[AnalyzedRun]]:
+    """Groups runs that differ in the seed only; the name of a group is the shortest that distinguishes it."""
+    by_digest: dict[str, list[AnalyzedRun]] = {}
+    for one in analyzed:
+        by_digest.setdefault(replace(one.run.config, seed=0).digest(), []).append(one)
+    names = {digest: _method(members[0].run.config) for digest, members in by_digest.items()}
     for part in ("model", "data", "epochs", "recipe"):
-        values = {digest: str(getattr(members[0].run.config, part)) for digest, members in together.items()}
+        values = {digest: str(getattr(members[0].run.config, part)) for digest, members in by_digest.items()}
         if len(set(names.values())) < len(names) and len(set(values.values())) > 1:
             names = {d: f"{name}, {values[d]}" + (" epochs" if part == "epochs" else "") for d, name in names.items()}
     if len(set(names.values())) < len(names):
         names = {digest: f"{name} ({digest[:6]})" for digest, name in names.items()}
-    return {names[digest]: members for digest, members in together.items()}
+    return {names[digest]: members for digest, members in by_digest.items()}
 
 
 def _method(config: RunConfig) -> str:

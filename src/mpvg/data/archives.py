@@ -1,25 +1,25 @@
-"""Tar files of images, read in place: plain ones with a folder a class, and WebDataset shards.
+"""Tar files of images, read in place: plain ones with one folder per class, and WebDataset shards.
 
-Every member's place is looked up once, so that an epoch is drawn, shared out and continued as from single files: each
+The position of every member is looked up once, so that order, shards and resumption are those of single files: each
 image once, in any order, with any number of processes.
 """
 
 import io
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from timm.utils import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mpvg.config import RunConfig
-from mpvg.data.contract import Data
-from mpvg.data.files import LabelledFiles, open_files
-from mpvg.data.images import in_class_order
+from mpvg.data.images import ImageFiles
+from mpvg.data.listing import Classes, Listing, classes_of, in_class_order
+from mpvg.data.types import Split
 
 
 def archives(root: str | Path, split: str) -> list[Path]:
@@ -29,16 +29,32 @@ def archives(root: str | Path, split: str) -> list[Path]:
     return sorted(found, key=lambda path: natural_key(str(path)))
 
 
-def open_archives(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
-    """Lists what the tar files of a folder hold, and prepares to read it; arguments and errors as `open_data`."""
-    train, val = (_list(config.data, split) for split in ("train", "val"))
-    names = _class_names(Path(config.data), {member.label for member in train})
-    unknown = sorted({member.label for member in val} - names.keys())
-    if unknown:
+def has_archives(root: str | Path) -> bool:
+    """Whether a folder holds tar files rather than image files."""
+    if archives(root, "train"):
+        return True
+    classes = (entry for entry in Path(root).glob("train/*") if entry.is_dir())
+    return bool(archives(root, "val")) and next(classes, None) is None
+
+
+def open_archives(config: RunConfig, splits: Sequence[Split], class_names: Classes | None) -> Listing:
+    """Lists the images in the tar files of a folder; a `Format`."""
+    found = {split: _list(config.data, split) for split in splits}
+    if class_names is None or len(set(class_names)) < len(class_names):  # ImageNet has two classes named "crane"
+        members = found["train"] if "train" in found else _list(config.data, "train")
+        named = _class_names(Path(config.data), {member.label for member in members})
+        names, number = tuple(named.values()), {label: target for target, label in enumerate(named)}
+    else:
+        named = _class_names(Path(config.data), {member.label for split in splits for member in found[split]})
+        names = classes_of(named.values(), class_names)
+        number = {label: names.index(name) for label, name in named.items()}
+    if unknown := sorted({member.label for split in splits for member in found[split]} - number.keys()):
         raise ValueError(f"class {unknown[0]!r} is in val but not in train of {config.data}; add its training images")
-    number = {label: target for target, label in enumerate(names)}
-    splits = [LabelledFiles(Members.of(split), [number[member.label] for member in split]) for split in (train, val)]
-    return open_files(config, list(names.values()), *splits, device=device, rank=rank, world_size=world_size)
+    sources = {
+        split: ImageFiles(Members.of(members), np.array([number[member.label] for member in members]))
+        for split, members in found.items()
+    }
+    return Listing(class_names=names, train=sources.get("train"), val=sources.get("val"))
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,8 @@ class Members:
     """Image files in tar files, read in place."""
 
     names: "np.ndarray[Any, Any]"
-    """Archive and member, encoded; arrays for the reason that `Paths` gives."""
-    places: "np.ndarray[Any, Any]"
+    """Archive and member, encoded, `(N, 2)`; arrays for the reason given in `folder.Paths`."""
+    extents: "np.ndarray[Any, Any]"
     """Offset and size in bytes, `(N, 2)`."""
 
     @classmethod
@@ -68,14 +84,14 @@ class Members:
         return cls(names, np.array([[member.offset, member.size] for member in members], dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.extents)
 
     def name(self, index: int) -> str:
         archive, member = self.names[index]
         return f"{os.fsdecode(member)} in {os.fsdecode(archive)}"
 
     def open(self, index: int) -> BinaryIO:
-        offset, size = (int(value) for value in self.places[index])
+        offset, size = (int(value) for value in self.extents[index])
         with open(os.fsdecode(self.names[index][0]), "rb") as archive:
             archive.seek(offset)
             return io.BytesIO(archive.read(size))
@@ -94,7 +110,7 @@ def _list(root: str, split: str) -> list[Member]:
 
 
 def _members(path: Path) -> list[Member]:
-    """The images of one tar file; the class of each is the number in its .cls, or else the folder that it is in."""
+    """The images of one tar file; the class of each is the number in its .cls file, or else its folder."""
     images: list[tarfile.TarInfo] = []
     numbers: dict[str, str] = {}
     try:
@@ -109,12 +125,12 @@ def _members(path: Path) -> list[Member]:
                 elif name.suffix.lower() in IMG_EXTENSIONS:
                     images.append(member)
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or no uncompressed tar file ({error}); make it anew") from error
+        raise ValueError(f"{path} is damaged or not an uncompressed tar file ({error}); make it again") from error
     length = path.stat().st_size
     found = []
     for member in images:
         if member.offset_data + member.size > length:
-            raise ValueError(f"{path} is cut off within {member.name}; make it anew")
+            raise ValueError(f"{path} ends inside {member.name}; make it again")
         name = PurePosixPath(member.name)
         label = numbers.get(str(name.with_suffix("")), "") if numbers else name.parent.name
         if not label or (numbers and not label.isdecimal()):
@@ -126,7 +142,7 @@ def _members(path: Path) -> list[Member]:
 
 
 def _class_names(root: Path, labels: set[str]) -> dict[str, str]:
-    """Label to name, in the order of the targets; names of numbers are the lines of classes.txt, if there is one."""
+    """Label -> name, in the order of the targets; numbers are named by the lines of classes.txt, if there is one."""
     order = in_class_order(labels)
     file = root / "classes.txt"
     if not file.is_file() or not all(label.isdecimal() for label in order):

@@ -1,46 +1,43 @@
-"""Folders of image files: train/ and val/, a folder a class in each."""
+"""Folders of image files: train/ and val/, each with one folder per class."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from mpvg.config import RunConfig
-from mpvg.data.contract import Data
-from mpvg.data.files import LabelledFiles, open_files
-from mpvg.data.images import in_class_order
+from mpvg.data.images import ImageFiles
+from mpvg.data.listing import Classes, Listing, classes_of, in_class_order
+from mpvg.data.types import Split
 
 
-def open_folder(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
-    """Lists a folder's images and prepares to read them; arguments and errors as `open_data`."""
+def open_folder(config: RunConfig, splits: Sequence[Split], class_names: Classes | None) -> Listing:
+    """Lists the images of a folder; a `Format`."""
     root = Path(config.data)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"data folder {config.data!r} does not exist; give one with train/ and val/, and a folder a class in each"
+            f"data folder {config.data!r} does not exist; give one with train/ and val/, each with one folder per class"
         )
-    class_names = _class_names(root / "train")
-    train = _list_images(root / "train", class_names, class_names)
-    val = _list_images(root / "val", _class_names(root / "val"), class_names)
-    splits = [LabelledFiles(Paths.of(split), [target for _, target in split]) for split in (train, val)]
-    return open_files(config, class_names, *splits, device=device, rank=rank, world_size=world_size)
+    present = {split: _class_names(root / split) for split in splits}
+    if class_names is None:
+        names = tuple(present["train"] if "train" in present else _class_names(root / "train"))
+    else:
+        names = classes_of((name for found in present.values() for name in found), class_names)
+    sources = {split: _list_images(root / split, present[split], names) for split in splits}
+    return Listing(class_names=names, train=sources.get("train"), val=sources.get("val"))
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Image files by their names."""
+    """Image files by their paths."""
 
     paths: "np.ndarray[Any, Any]"
-    """File names, encoded. An array: looking at a list's items writes their reference counts, and so each worker would
+    """Encoded file names. In an array: reading a list's items writes their reference counts, so that each worker would
     copy a million names."""
-
-    @classmethod
-    def of(cls, samples: list[tuple[str, int]]) -> "Paths":
-        """The files of a list of samples, file and target each."""
-        return cls(np.array([os.fsencode(path) for path, _ in samples]))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,7 +53,7 @@ def _class_names(folder: Path) -> list[str]:
     """Names of the class folders, in the order of the targets."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"folder {str(folder)!r} is missing; data need train/ and val/, a folder a class in each"
+            f"folder {str(folder)!r} is missing; data need train/ and val/, each with one folder per class"
         )
     names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
@@ -64,13 +61,13 @@ def _class_names(folder: Path) -> list[str]:
     return in_class_order(names)
 
 
-def _list_images(folder: Path, present: list[str], class_names: list[str]) -> list[tuple[str, int]]:
-    """File and target of each image, sorted; `present` are the classes that the folder has."""
+def _list_images(folder: Path, present: list[str], class_names: Classes) -> ImageFiles:
+    """The images, sorted by path; `present` are the classes that the folder has."""
     unknown = [name for name in present if name not in class_names]
     if unknown:
         raise ValueError(
             f"class {unknown[0]!r} is in {str(folder)!r} but not in train; "
-            "add its training images, or take it out of val"
+            "add its training images, or remove it from val"
         )
     targets = {name: class_names.index(name) for name in present}
     samples: list[tuple[str, int]] = make_dataset(folder, targets, is_valid_file=_is_image, allow_empty=True)
@@ -79,7 +76,8 @@ def _list_images(folder: Path, present: list[str], class_names: list[str]) -> li
     if empty:
         kinds = ", ".join(IMG_EXTENSIONS)
         raise ValueError(f"class folder {str(folder / empty[0])!r} has no images ({kinds}); fill it or remove it")
-    return samples
+    paths = np.array([os.fsencode(path) for path, _ in samples])
+    return ImageFiles(Paths(paths), np.array([target for _, target in samples]))
 
 
 def _is_image(path: str) -> bool:

@@ -1,39 +1,42 @@
 """Hugging Face data sets, as timm names them (`hfds/<name or folder>`): rows of tables that lie on disk.
 
-The tables are mapped into memory, not streamed, so that an epoch is drawn, shared out and continued as from single
-files. Only data are loaded: `datasets` itself refuses sets that come with a script.
+The tables are mapped into memory, not streamed, so that order, shards and resumption are those of single files. Only
+data are loaded: `datasets` itself refuses data sets that come with a script.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
 from mpvg.config import RunConfig
-from mpvg.data.contract import Data
-from mpvg.data.files import LabelledFiles, open_files
+from mpvg.data.images import ImageFiles
+from mpvg.data.listing import Classes, Listing
+from mpvg.data.types import Split
 
-PREFIX = "hfds/"
+NAME = "hfds"
+"""Before the first slash of `--data`, as in timm."""
 _VAL = ("validation", "val", "test")
 
 
-def open_hub(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
-    """Loads a Hugging Face data set, and prepares to read it; arguments and errors as `open_data`.
+def open_hub(config: RunConfig, splits: Sequence[Split], class_names: Classes | None) -> Listing:
+    """Loads a Hugging Face data set; a `Format`.
 
     It is downloaded and unpacked once, into `loader.root`, or else to where `datasets` keeps its sets.
     """
-    splits = _load(config)
-    held_out = next((split for split in _VAL if split in splits), None)
-    if "train" not in splits or held_out is None:
+    tables = _load(config)
+    held_out = next((split for split in _VAL if split in tables), None)
+    if "train" not in tables or held_out is None:
         raise ValueError(
-            f"data {config.data!r} has the splits {', '.join(splits)}; "
+            f"data {config.data!r} has the splits {', '.join(tables)}; "
             f"needed: train, and one of {', '.join(_VAL)}; rename its own, or add what is missing"
         )
-    names, numbers = _classes(config.data, splits["train"])
-    train, val = (_labelled(config.data, split, splits[split], numbers) for split in ("train", held_out))
-    return open_files(config, names, train, val, device=device, rank=rank, world_size=world_size)
+    names, numbers = _classes(config.data, tables["train"])
+    where: dict[Split, str] = {"train": "train", "val": held_out}
+    sources = {split: _labelled(config.data, where[split], tables[where[split]], numbers) for split in splits}
+    return Listing(class_names=tuple(names), train=sources.get("train"), val=sources.get("val"))
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ def _load(config: RunConfig) -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(f"data {config.data!r} needs datasets ({error}); pip install 'mpvg[data]'") from error
     try:
-        return datasets.load_dataset(config.data.removeprefix(PREFIX), cache_dir=config.loader.root)
+        return datasets.load_dataset(config.data.removeprefix(f"{NAME}/"), cache_dir=config.loader.root)
     except Exception as error:  # it reads files of many formats, and raises whatever their readers raise
         missing = isinstance(error, FileNotFoundError | ConnectionError)
         raise (FileNotFoundError if missing else ValueError)(
-            f"data {config.data!r} cannot be loaded ({type(error).__name__}: {error}); allowed: {PREFIX}<name> of a "
-            f"set on the Hugging Face hub (offline: one that was loaded before), or {PREFIX}<folder> that holds one"
+            f"data {config.data!r} cannot be loaded ({type(error).__name__}: {error}); allowed: {NAME}/<name> of a "
+            f"set on the Hugging Face hub (offline: one that was loaded before), or {NAME}/<folder> that holds one"
         ) from error
 
 
@@ -86,12 +89,12 @@ def _classes(data: str, table: Any) -> "tuple[list[str], np.ndarray[Any, Any]]":
         if column not in features:
             raise ValueError(
                 f"data {data!r} has no column {column!r}, but {', '.join(features)}; "
-                f"rename the right one to {column!r} (`rename_column` of datasets) and write it anew"
+                f"rename the right one to {column!r} (`rename_column` of datasets) and write it again"
             )
     if not isinstance(features["image"], Image):
         raise ValueError(
             f"column 'image' of data {data!r} holds {features['image']}, not images; "
-            "cast it (`cast_column('image', datasets.Image())`) and write it anew"
+            "cast it (`cast_column('image', datasets.Image())`) and write it again"
         )
     if isinstance(features["label"], ClassLabel):
         names = list(features["label"].names)
@@ -112,7 +115,7 @@ def _labels(data: str, split: str, table: Any) -> "np.ndarray[Any, Any]":
     return labels
 
 
-def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]") -> LabelledFiles:
+def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]") -> ImageFiles:
     from datasets import Image
 
     labels = _labels(data, split, table)
@@ -123,4 +126,4 @@ def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]"
             "give every row one of them, or leave the row out"
         )
     images = table.select_columns("image").cast_column("image", Image(decode=False))
-    return LabelledFiles(Rows(images, f"{split} of {data}"), np.searchsorted(numbers, labels))
+    return ImageFiles(Rows(images, f"{split} of {data}"), np.searchsorted(numbers, labels))

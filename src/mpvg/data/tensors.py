@@ -1,8 +1,8 @@
-"""Named data sets: the whole set lies on the device, and batches are cut out of it."""
+"""Named data sets: the whole set is on the device, and batches are cut out of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,90 +10,115 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from mpvg.config import RunConfig
-from mpvg.data.augment import Augment, normalise
-from mpvg.data.contract import BatchOrder, Data, DataInfo
-from mpvg.data.images import Arrays, Labelled, open_images
-from mpvg.data.sources import SOURCES, Split
+from mpvg.data.device_augment import DeviceAugment, normalize
+from mpvg.data.listing import Classes, Listing
+from mpvg.data.named_sets import NAMED_SETS, Tensors
+from mpvg.data.order import BatchOrder
+from mpvg.data.types import DataInfo, DevicePipeline, DeviceTransform, ImageBatch, Sample, Split
 
 
-def open_tensors(config: RunConfig, *, device: torch.device, rank: int, world_size: int) -> Data:
-    """Reads a named data set whole; arguments and errors as `open_data`."""
-    source = SOURCES[config.data]
-    raw = source.read(config.loader.root)
-    info = DataInfo(
-        name=config.data,
-        class_names=raw.class_names,
-        in_chans=raw.train.images.shape[1],
-        img_size=config.network.img_size or raw.train.images.shape[-1],
-        mean=config.network.mean or source.mean,
-        std=config.network.std or source.std,
-        crop_pct=config.network.crop_pct,
-        pipeline=config.augment.pipeline,
-        train_size=len(raw.train.targets),
-        val_size=len(raw.val.targets),
+def open_named(config: RunConfig, splits: Sequence[Split], class_names: Classes | None) -> Listing:
+    """Reads splits of a named data set; a `Format`."""
+    named = NAMED_SETS[config.data]
+    contents = named.read(config.loader.root, splits)
+    sources = {split: TensorSource(*getattr(contents, split)) for split in splits}
+    some = sources[splits[0]].images
+    return Listing(
+        class_names=contents.class_names,
+        in_chans=some.shape[1],
+        img_size=some.shape[-1],
+        mean=named.mean,
+        std=named.std,
+        train=sources.get("train"),
+        val=sources.get("val"),
     )
-    if config.augment.pipeline == "fast":
-        raise ValueError(
-            f"augment.pipeline is 'fast', which is for images from files, and {info.name} lies on the device already; "
-            "allowed for it: 'auto', 'timm'"
-        )
-    if config.augment.pipeline == "timm":
-        if info.in_chans != 3:
-            raise ValueError(
-                f"augment.pipeline is 'timm', whose transforms are for colour; {info.name} is grey: leave it out"
-            )
-        splits = [Labelled(Arrays(split.images), split.targets.tolist()) for split in (raw.train, raw.val)]
-        return open_images(config, info, *splits, device=device, rank=rank, world_size=world_size)
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Samples that are in memory, as a `Source`."""
+
+    images: Tensor
+    """`(N, C, H, W)`, uint8."""
+    targets: Tensor
+    """`(N,)`, int64."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"number {index}"
+
+    def read(self, index: int) -> Sample:
+        return Sample(functional.to_pil_image(self.images[index]), int(self.targets[index]))
+
+    def select(self, indices: Sequence[int]) -> "TensorSource":
+        """The samples of some numbers, in that order."""
+        return TensorSource(*(Tensors(self.images[list(indices)], self.targets[list(indices)])))
+
+
+def device_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torch.device) -> DevicePipeline:
+    """The pipeline of a split on the device.
+
+    Raises:
+        ValueError: the config asks for an augmentation that does not run there.
+    """
     if config.augment.repeats > 1:
         raise ValueError(
             f"augment.repeats is {config.augment.repeats}, but augmentation on the device draws once for each image; "
             "give --augment.pipeline timm, or leave it out"
         )
-    augment = Augment(config.augment, info, config.seed, device)
-    order = partial(BatchOrder, batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size)
+    if split == "val":
+        return DevicePipeline(lambda epoch: lambda batch, chosen: _normalized(batch, info))
+    augment = DeviceAugment(config.augment, info, config.seed, device)
 
-    def batches(split: Split, augment: Augment | None) -> TensorBatches:
-        split = Split(split.images.to(device), split.targets.to(device))
-        return TensorBatches(split, order(size=len(split.targets), shuffle=augment is not None), augment, info)
+    def of_epoch(epoch: int) -> DeviceTransform:
+        table = augment.draw(epoch).to(device)
 
-    return Data(info, batches(raw.train, augment), batches(raw.val, None), Preprocess(info))
+        def transform(batch: ImageBatch, chosen: Tensor) -> ImageBatch:
+            images = _resize(batch.images, info.img_size)
+            return batch._replace(images=augment(images, table[:, chosen]))
+
+        return transform
+
+    return DevicePipeline(of_epoch)
 
 
 class TensorBatches:
-    """Batches of a split that lies on the device."""
+    """Batches of a split that is on the device."""
 
     skipped = 0
 
-    def __init__(self, split: Split, order: BatchOrder, augment: Augment | None, info: DataInfo) -> None:
-        self._split, self._order, self._augment, self._info = split, order, augment, info
+    def __init__(self, source: TensorSource, pipeline: DevicePipeline, order: BatchOrder, device: torch.device) -> None:
+        self._images, self._targets = source.images.to(device), source.targets.to(device)
+        self._pipeline, self._order = pipeline, order
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         """See `Batches.epoch`."""
-        images, targets = self._split
-        table = self._augment.draw(epoch).to(targets.device) if self._augment else None
+        transform = self._pipeline.transform(epoch)
         for chosen in self._order.batches(epoch, start):
-            chosen = chosen.to(targets.device)
-            # Batch by batch: a whole set at 224 pixels would take fifty times the room of one at 32.
-            batch = _resize(images[chosen], self._info.img_size)
-            if self._augment and table is not None:
-                yield self._augment(batch, table[:, chosen]), targets[chosen]
-            else:
-                yield normalise(batch, self._info), targets[chosen]
+            chosen = chosen.to(self._targets.device)
+            yield transform(ImageBatch(self._images[chosen], self._targets[chosen]), chosen)
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class ResizeAndNormalize:
     """What validation does to an image, for an image of any size and mode."""
 
     info: DataInfo
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Returns the normalised image (C, H, W)."""
+        """Returns the normalized image (C, H, W)."""
         pixels = functional.pil_to_tensor(image.convert("L" if self.info.in_chans == 1 else "RGB"))
-        return normalise(_resize(pixels[None], self.info.img_size), self.info)[0]
+        return normalize(_resize(pixels[None], self.info.img_size), self.info)[0]
+
+
+def _normalized(batch: ImageBatch, info: DataInfo) -> ImageBatch:
+    # Batch by batch: a whole set at 224 pixels would take fifty times the memory of one at 32.
+    return batch._replace(images=normalize(_resize(batch.images, info.img_size), info))
 
 
 def _resize(images: Tensor, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""CeiT (coeusguo/ceit): a plain transformer with convolutions in its stem and MLPs, read out over all of its layers."""
+"""CeiT (coeusguo/ceit): a ViT with convolutions in the stem and the MLPs, and a read-out over all layers."""
 
 from collections import OrderedDict
 from collections.abc import Container
@@ -13,52 +13,53 @@ from torch import Tensor, nn
 
 from mpvg.delivery import Method, as_spec
 from mpvg.models.checkpoints import Layout
-from mpvg.models.plain import DeliveredVisionTransformer
 from mpvg.models.registry import register
+from mpvg.models.vision_transformer import DeliveredVisionTransformer
 
 ReadFrom = Literal["layers", "tokens"]
 
 _STEM_CHANNELS, _STEM_STRIDE = 64, 4
 
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "dynamic_img_size": (False, "LeFF convolves over a grid that is known beforehand; call set_input_size instead"),
-    "dynamic_img_pad": (False, "LeFF convolves over a grid that is known beforehand; call set_input_size instead"),
+    "dynamic_img_size": (False, "LeFF convolves over a grid of fixed size; call set_input_size instead"),
+    "dynamic_img_pad": (False, "LeFF convolves over a grid of fixed size; call set_input_size instead"),
     "patch_drop_rate": (0.0, "LeFF convolves over the grid, so no patch may be missing; use drop_path_rate instead"),
-    "reg_tokens": (0, "no token but the class token passes LeFF by; leave it out"),
+    "reg_tokens": (0, "no token but the class token bypasses LeFF; leave it out"),
     "no_embed_class": (False, "the PE of a CeiT has a row for its class token; leave it out"),
     "scale_mlp_norm": (False, "LeFF has BatchNorms of its own; leave it out"),
     "fix_init": (False, "it rescales a layer of the plain MLP that LeFF does not have; leave it out"),
     "embed_layer": (None, "the stem is what makes a CeiT; leave it out"),
     "mlp_layer": (None, "LeFF is what makes a CeiT; leave it out"),
 }
-"""Arguments of timm's that cannot work here: the value that is allowed, and the reason."""
+"""timm's arguments that cannot work here: the only allowed value, and the reason."""
 
-_OF_A_LAYER = ("mlp_ratio", "qk_norm", "scale_attn_norm", "proj_bias", "init_values", "attn_layer")
-"""Arguments of timm's that the LCA takes as the layers do, under the same name and with the same default."""
+_LAYER_OPTIONS = ("mlp_ratio", "qk_norm", "scale_attn_norm", "proj_bias", "init_values", "attn_layer")
+"""timm's arguments that also apply to the LCA, with the same names and defaults as for the layers."""
 
 
 class CeiT(DeliveredVisionTransformer):
     """CeiT whose layers and Last LN receive what a method delivers.
 
-    After every layer the class token, or the mean over tokens where there is none, gives one vector. The LCA attends
-    from the last of these L vectors to all of them; the Last LN normalises its result, and what the Last LN receives
-    is read out in the same way: its row of the class token, or its mean over tokens.
+    Each layer gives one vector: its class token or, without a class token, the mean over its tokens. The LCA attends
+    from the last of these L vectors to all of them, and the Last LN normalizes the result. What the Last LN receives is
+    pooled in the same way: its row for the class token, or its mean over tokens.
 
-    Under gradient checkpointing a layer runs twice in a step, and so its BatchNorms count the same batch twice in their
-    running statistics.
+    With gradient checkpointing a layer runs twice per step, so its BatchNorms count the batch twice in their running
+    statistics.
 
     Args:
         method: a method's name or a DeliverySpec.
-        read_from: "layers", as above; or, for methods without class token, "tokens": as the plain transformer does,
-            the Last LN on every token of the last layer and the mean, while the LCA is there, idle and frozen.
-        **kwargs: as DeliveredVisionTransformer; `patch_size` is that of stem and patches together.
+        read_from: "layers", as above; or, for methods without a class token, "tokens": the read-out of
+            DeliveredVisionTransformer, that is, the Last LN on every token of the last layer and then the mean. The
+            LCA still exists, but it is unused and frozen.
+        **kwargs: as for DeliveredVisionTransformer; `patch_size` is that of stem and patches together.
 
     Raises:
-        ValueError: the method or an argument asks for what this network cannot do.
+        ValueError: the network cannot run the method, or does not support an argument.
 
     Source:
         Yuan et al., "Incorporating Convolution Designs into Visual Transformers", and coeusguo/ceit. The read-out
-        without class token is ours: docs/decisions/ceit-readout.md.
+        without a class token is ours: docs/decisions/ceit-readout.md.
     """
 
     family = "CeiT"
@@ -88,29 +89,29 @@ class CeiT(DeliveredVisionTransformer):
             proj_drop=kwargs.get("proj_drop_rate", 0.0),
             norm_layer=get_norm_layer(kwargs.get("norm_layer")) or LayerNorm,
             act_layer=get_act_layer(kwargs.get("act_layer")) or nn.GELU,
-            **{name: kwargs[name] for name in _OF_A_LAYER if name in kwargs},
+            **{name: kwargs[name] for name in _LAYER_OPTIONS if name in kwargs},
         ).to(self.pos_embed)
         named_apply(get_init_weights_vit(self.weight_init_mode, needs_reset=False), self.lca, "lca")
         self.pos_layer_embed = nn.Parameter(self.pos_embed.new_zeros(1, len(self.blocks), self.embed_dim))
         if read_from == "tokens":
             self.lca.requires_grad_(False)
             self.pos_layer_embed.requires_grad_(False)
-        self._tell_grid()
+        self._update_leff_grid()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialises as CeiT does: as DeiT, with convolutions as in torch and the layers' embedding at 0."""
+        """Initializes as CeiT does: as DeiT, with torch's defaults for convolutions and the layer embedding at 0."""
         super().init_weights(mode, needs_reset=needs_reset)
-        if hasattr(self, "pos_layer_embed"):  # not yet where timm's constructor calls this
+        if hasattr(self, "pos_layer_embed"):  # it does not exist yet when timm's constructor calls this
             nn.init.zeros_(self.pos_layer_embed)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """timm's method of this name; `(B, D)`, which the LCA has made of all layers, stays as it is."""
+        """As timm's method; `(B, D)`, the output of the LCA, is returned unchanged."""
         return x if x.ndim == 2 else super().pool(x, pool_type)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's method of this name; a read-out over layers that loses one, or its Last LN, goes as a whole."""
+        """As timm's method; if a layer or the Last LN is removed, the read-out over layers is removed entirely."""
         take, last_taken = feature_take_indices(len(self.blocks), indices)
         if self.read_from == "layers":
             if last_taken + 1 == len(self.blocks) and not prune_norm:
@@ -123,30 +124,30 @@ class CeiT(DeliveredVisionTransformer):
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """timm's method of this name; the LCA reads out as the method says, and in no other way.
+        """As timm's method; the LCA supports the method's own read-out only.
 
         Raises:
             ValueError: another read-out is asked for.
         """
         if self.read_from == "layers" and global_pool not in (None, self.global_pool):
             raise ValueError(
-                f"global_pool is {global_pool!r}; allowed: None, {self.global_pool!r}, as the method says, because it "
-                "is the layers that are pooled; for tokens, take forward_intermediates"
+                f"global_pool is {global_pool!r}; allowed: None, {self.global_pool!r}, as the method says, because "
+                "the read-out is over layers; for tokens, use forward_intermediates"
             )
         super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """timm's method of this name, for another image size."""
+        """As timm's method; LeFF is set to the new grid, too."""
         super().set_input_size(img_size, patch_size)
-        self._tell_grid()
+        self._update_leff_grid()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As the plain transformer's, with the LCA beside the Last LN."""
+        """As DeliveredVisionTransformer, with the LCA in the group of the Last LN."""
         groups = super().group_matcher(coarse)
         groups["blocks"].append((r"^lca|^pos_layer_embed", (99999,)))
         return groups
 
-    def _tell_grid(self) -> None:
+    def _update_leff_grid(self) -> None:
         for block in self.blocks:
             leff: Any = block.mlp
             leff.grid_size = self.patch_embed.grid_size
@@ -160,33 +161,33 @@ class CeiT(DeliveredVisionTransformer):
         take: Container[int] = (),
         stop: int | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """As the plain transformer's; over all layers, the LCA's `(B, D)` is what goes on to the Last LN."""
+        """As DeliveredVisionTransformer; over all layers, the Last LN's input is the LCA's output `(B, D)`."""
         depth = len(self.blocks)
         if self.read_from == "tokens" or (stop is not None and stop < depth):
             return super()._encode(image, attn_mask, is_causal, take, stop)
         _, last, layers = super()._encode(image, attn_mask, is_causal, range(depth))
         vectors = torch.stack([self.pool(tokens) for tokens in layers], dim=1)  # (B, L, D)
-        # Folded, the mean of `last` over the tokens is in the Last LN's beta.
-        last = None if last is None or self.delivery.averages_to_zero else self.pool(last)
+        # In a folded network the Last LN's beta contains the mean of `last` over the tokens.
+        last = None if last is None or self.delivery.last_mean_folded else self.pool(last)
         taken = [tokens for layer, tokens in enumerate(layers) if layer in take]
         return self.lca(vectors + self.pos_layer_embed), last, taken
 
     def _last_norm(self, x: Tensor, last: Tensor | None) -> Tensor:
         if self.read_from == "layers" and x.ndim == 3:
             raise ValueError(
-                "norm=True, or stop_early=True before the last layer, asks for the Last LN on tokens, but that of a "
-                "CeiT normalises the one vector which its LCA makes of all layers; allowed: norm=False, and "
+                "norm=True, or stop_early=True before the last layer, asks for the Last LN on tokens, but the Last LN "
+                "of a CeiT normalizes the output of its LCA, one vector per image; allowed: norm=False, and "
                 "stop_early=True together with intermediates_only=True"
             )
         return super()._last_norm(x, last)
 
 
 class ImageToTokens(PatchEmbed):
-    """CeiT's stem: a quarter of the image size in 64 channels, and from there to patches.
+    """CeiT's stem: 64 channels at a quarter of the image size, then patches.
 
     Args:
-        img_size: side or sides of the image.
-        patch_size: pixels of the image in a side of a patch, a multiple of 4.
+        img_size: side or sides of the image in pixels.
+        patch_size: side of a patch in pixels of the image, a multiple of 4.
         in_chans: channels of the image.
         **kwargs: timm's arguments.
     """
@@ -208,7 +209,7 @@ class ImageToTokens(PatchEmbed):
         self.img_size, self.grid_size, self.num_patches = self._init_img_size(img_size)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """timm's method of this name, for another image size.
+        """As timm's method, for the image size only.
 
         Raises:
             ValueError: another patch size is asked for.
@@ -228,17 +229,17 @@ class LeFF(nn.Module):
         in_features: D.
         hidden_features: channels between the 1 x 1 convolutions.
         act_layer: activation after the first and the second BatchNorm.
-        bias: whether the convolutions have one.
+        bias: whether the convolutions have a bias.
         norm_layer: None.
         drop: ignored; the original has no dropout here.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     grid_size: tuple[int, int]
     """Rows and columns of patches; the network sets it."""
     num_prefix_tokens: int
-    """Leading tokens that are no patches and pass by unchanged; the network sets it."""
+    """Number of leading tokens that are not patches and stay unchanged; the network sets it."""
 
     def __init__(
         self,
@@ -275,18 +276,18 @@ class LeFF(nn.Module):
 
 
 class LayerwiseClassAttention(Block):
-    """CeiT's LCA: a block of which only the last vector comes out."""
+    """CeiT's LCA: a block that computes the last vector only."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """One vector for each layer, `(B, L, D)`, to the last one after attention to all, `(B, D)`."""
-        # The other L - 1 queries are made in vain: that costs less than an attention of our own would.
+        # The other L - 1 queries are computed and not used; that costs less than a second attention module.
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)[:, -1]
         last = x[:, -1] + self.ls1(attended)
         return last + self.ls2(self.mlp(self.norm2(last)))
 
 
 def _check(method: Method, read_from: str, kwargs: dict[str, Any]) -> None:
-    """Refuses what a CeiT cannot be built with."""
+    """Refuses arguments that a CeiT does not support."""
     if read_from not in get_args(ReadFrom):
         raise ValueError(f"read_from is {read_from!r}; allowed: {', '.join(map(repr, get_args(ReadFrom)))}")
     if read_from == "tokens" and as_spec(method).pool == "token":
@@ -300,7 +301,7 @@ def _check(method: Method, read_from: str, kwargs: dict[str, Any]) -> None:
     patch_size = kwargs.get("patch_size", 16)
     if any(side < _STEM_STRIDE or side % _STEM_STRIDE for side in to_2tuple(patch_size)):
         raise ValueError(
-            f"patch_size is {patch_size}; allowed: multiples of {_STEM_STRIDE}, by which the stem reduces the image; "
+            f"patch_size is {patch_size}; allowed: multiples of {_STEM_STRIDE}, the stride of the stem; "
             f"use 16, as published, or {_STEM_STRIDE} for small images"
         )
 

@@ -1,4 +1,4 @@
-"""An existing timm network becomes one whose layers and Last LN receive a delivered position embedding (PE)."""
+"""Converts a timm network into one whose layers and Last LN receive a delivered position embedding (PE)."""
 
 import copy
 import re
@@ -11,11 +11,11 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from mpvg.config import unknown
 from mpvg.delivery import DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
-from mpvg.models.checkpoints import read_tensors, start_from
-from mpvg.models.plain import POS_STD, DeliveredBlock, DeliveredVisionTransformer
+from mpvg.models.checkpoints import load_pretrained_tensors, read_tensors
 from mpvg.models.registry import check_divisible
+from mpvg.models.vision_transformer import POS_STD, DeliveredBlock, DeliveredVisionTransformer
+from mpvg.validation import unknown_name
 
 Readout = Literal["keep", "method"]
 Start = Literal["fresh", "preserve"]
@@ -24,20 +24,20 @@ Start = Literal["fresh", "preserve"]
 def convert(
     model: nn.Module, method: Method = "mpvg", *, readout: Readout = "keep", start: Start = "fresh"
 ) -> DeliveredVisionTransformer:
-    """Returns a copy of a timm vision transformer that runs a method; the network itself is not changed.
+    """Returns a copy of a timm vision transformer that runs a method; the given model is not changed.
 
     Args:
         model: timm's VisionTransformer with an absolute PE: ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, DINOv2, ...
         method: a method's name or a DeliverySpec.
-        readout: "keep" leaves class token, average or attention pooling as they are, and delivers to the Last LN where
-            one stands before the pooling and what is read out has rows in the PE; "method" makes the read-out the
-            method's, with the Last LN on every token.
-        start: "fresh" delivers from the first step on, each LN' at 1 and 0, as the paper trains. "preserve" delivers
-            what has changed since the conversion: the answers are the original's until the first step, while the PE
-            and every LN' receive gradients as under "fresh". It needs readout="keep" and a method with input PE.
+        readout: "keep" keeps the class token, the average or the attention pooling of the model, and delivers to the
+            Last LN if it comes before the pooling and the tokens that are read out have rows in the PE. "method"
+            uses the method's read-out, with the Last LN on every token.
+        start: "fresh" delivers from the first step on, with every LN' at 1 and 0, as in the paper. "preserve" delivers
+            the change since the conversion: the outputs are those of the original until the first step, while the PE
+            and every LN' get the same gradients as with "fresh". It needs readout="keep" and a method with input PE.
 
     Raises:
-        ValueError: the network has no absolute PE or other blocks than timm's Block, or cannot do what is asked for.
+        ValueError: the network has no absolute PE, or blocks other than timm's Block, or cannot run the method.
     """
     for name, value, allowed in (("readout", readout, get_args(Readout)), ("start", start, get_args(Start))):
         if value not in allowed:
@@ -45,23 +45,25 @@ def convert(
     _check_convertible(model)
     spec = as_spec(method)
     if start == "preserve" and (readout != "keep" or not spec.input_pe):
-        reason = f"readout={readout!r} changes the answers" if readout != "keep" else "the method takes the PE away"
-        raise ValueError(f"start='preserve' cannot hold: {reason}; use start='fresh'")
+        changes = f"readout={readout!r}" if readout != "keep" else "removing the PE from the input"
+        raise ValueError(f"start='preserve' is not possible: {changes} changes the outputs; use start='fresh'")
     converted: Any = copy.deepcopy(model)
     if readout == "keep":
         spec = _with_kept_readout(spec, converted)
     else:
         _change_readout(converted, spec.pool)
     spec = resolve(spec, NetworkTraits(name=_name(model), depth=len(converted.blocks), readouts=(spec.pool,)))
-    # The same modules, weights and hooks under the classes whose forward passes deliver: no second forward anywhere.
+    # The class swap keeps modules, weights and hooks as they are and adds the delivery through the subclasses, so that
+    # there is one forward pass for built and converted networks. It is safe because _check_convertible accepts exactly
+    # VisionTransformer and Block: a subclass may have a forward pass of its own, which the swap would bypass.
     converted.__class__ = DeliveredVisionTransformer
     for block in converted.blocks:
         block.__class__ = DeliveredBlock
     converted.pos_std = None
-    converted.receive(spec)
+    converted.set_delivery(spec)
     converted.delivery.train(model.training)
     if start == "preserve":
-        converted.delivery.start = converted.pos_embed.detach().clone()
+        converted.delivery.reference_pos = converted.pos_embed.detach().clone()
     return converted
 
 
@@ -75,45 +77,45 @@ def create_converted(
     start: Start = "fresh",
     **kwargs: Any,
 ) -> DeliveredVisionTransformer:
-    """Builds a timm network by its name and converts it; `create_model("timm/<name>", ...)`.
+    """Builds a timm network by name and converts it; used by `create_model("timm/<name>", ...)`.
 
-    The checkpoint is one of timm's network, loaded before the conversion, or one of the converted network.
+    A checkpoint of the timm network is loaded before the conversion, one of the converted network after it.
 
     Raises:
-        ValueError: timm knows no such name, or the network cannot be converted.
+        ValueError: timm has no model of this name, or it cannot be converted.
     """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise ValueError(unknown("timm model", name, _convertible_names()))
+        raise ValueError(unknown_name("timm model", name, _convertible_names()))
     try:
         model: Any = timm.create_model(name, **kwargs)
-    except (TypeError, RuntimeError) as error:  # an argument that its class does not have; an unknown tag
-        raise ValueError(f"timm's {name} cannot be built so: {error}; see its class in timm") from error
+    except (TypeError, RuntimeError) as error:  # an unknown argument; an unknown pretrained tag
+        raise ValueError(f"timm's {name} cannot be built: {error}; see its class in timm for the arguments") from error
     if kwargs.get("img_size") is not None and hasattr(model, "patch_embed"):
         check_divisible(kwargs["img_size"], model.patch_embed.patch_size)
     if pos_std is not None:
         _check_convertible(model)
         if kwargs.get("pretrained"):
-            raise ValueError(f"pos_std={pos_std} rescales the start of a PE, and pretrained weights have theirs")
+            raise ValueError(f"pos_std={pos_std} rescales a new PE, but pretrained weights have a trained one")
         with torch.no_grad():
             model.pos_embed.mul_(pos_std / POS_STD)
     if checkpoint_path is None:
         return convert(model, method, readout=readout, start=start)
     tensors = read_tensors(checkpoint_path)
     body = {key for key in model.state_dict() if not key.startswith("head.")}
-    originals = body <= tensors.keys() and not any(key.startswith("delivery.") for key in tensors)
-    if originals:  # what preserves its answers must see its weights
-        start_from(model, tensors, checkpoint_path)
+    of_timm = body <= tensors.keys() and not any(key.startswith("delivery.") for key in tensors)
+    if of_timm:  # before the conversion, in which start="preserve" copies the PE
+        load_pretrained_tensors(model, tensors, checkpoint_path)
     converted = convert(model, method, readout=readout, start=start)
-    if not originals:
-        start_from(converted, tensors, checkpoint_path)
+    if not of_timm:
+        load_pretrained_tensors(converted, tensors, checkpoint_path)
     return converted
 
 
 def _check_convertible(model: Any) -> None:
-    """Refuses what cannot be converted, with the reason."""
+    """Refuses a network that cannot be converted, with the reason."""
     name = _name(model)
     if hasattr(model, "delivery"):
-        raise ValueError(f"{name} receives a delivered PE already; build it anew with create_model and the method")
+        raise ValueError(f"{name} already receives a delivered PE; build a new one with create_model and the method")
     if getattr(model, "pos_embed", None) is None:
         names = " ".join([name for name, _ in model.named_parameters()] + [type(m).__name__ for m in model.modules()])
         rotary = re.search("rope|rotary", names, re.IGNORECASE)
@@ -129,22 +131,22 @@ def _check_convertible(model: Any) -> None:
     other = {type(block).__name__ for block in model.blocks if type(block) is not Block}
     if other:
         raise ValueError(
-            f"{name} cannot be converted: its blocks are {', '.join(sorted(other))}, and only timm's Block has the "
-            "one attention input behind one LN that a PE is delivered to"
+            f"{name} cannot be converted: its blocks are {', '.join(sorted(other))}, and only timm's Block has one "
+            "attention input after one LN, to which a PE can be added"
         )
 
 
 def _with_kept_readout(spec: DeliverySpec, model: Any) -> DeliverySpec:
     if model.global_pool in get_args(Pool):
         spec = replace(spec, pool=model.global_pool)
-    # An LN behind the mean has no tokens to which a PE could be added, and a class token without a row receives zeros:
-    # the LN' would be idle.
-    unread = model.global_pool == "token" and model.no_embed_class
-    return replace(spec, last_index=None) if unread or isinstance(model.norm, nn.Identity) else spec
+    # An LN after the mean has no tokens to which a PE could be added, and a class token without a row in the PE would
+    # receive zeros, so that LN'_last would have no effect.
+    no_row = model.global_pool == "token" and model.no_embed_class
+    return replace(spec, last_index=None) if no_row or isinstance(model.norm, nn.Identity) else spec
 
 
 def _change_readout(model: Any, pool: Pool) -> None:
-    """Makes the read-out the method's: the Last LN on every token, then the class token or the mean."""
+    """Changes the read-out to the method's: the Last LN on every token, then the class token or the mean."""
     if isinstance(model.norm, nn.Identity):
         if isinstance(model.fc_norm, nn.Identity):
             raise ValueError(f"{_name(model)} has no Last LN, which the read-out needs; use readout='keep'")

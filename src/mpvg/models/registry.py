@@ -1,4 +1,4 @@
-"""What the network families share on their way into timm's registry."""
+"""Registration of the network families with timm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,19 +9,19 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 default_cfgs: dict[str, Any] = {}
-"""timm reads the configurations of the models that this module registers from this name."""
+"""Configurations of the registered models; timm looks them up under this name."""
 
 
 def register(
     network: type[nn.Module], sizes: Mapping[str, Mapping[str, Any]], out_indices: Any = 3, **cfg: Any
 ) -> None:
-    """Registers a family's members with timm as `mpvg_<name>`.
+    """Registers the models of a family with timm as `mpvg_<name>`.
 
     Args:
         network: the family's class.
-        sizes: arguments of the class for each name; `img_size` is one of them.
-        out_indices: which feature maps `features_only` gives where nothing else is asked for.
-        **cfg: entries of timm's configuration that differ from ImageNet's usual ones.
+        sizes: the arguments of the class for each name; they must include `img_size`.
+        out_indices: the feature maps that `features_only` returns by default.
+        **cfg: entries of timm's configuration that differ from the ImageNet defaults.
     """
     shared = {
         "num_classes": 1000,
@@ -38,12 +38,12 @@ def register(
         _register(network, name, dict(arguments), out_indices)
 
 
-def _register(network: type[nn.Module], name: str, arguments: dict[str, Any], maps: Any) -> None:
+def _register(network: type[nn.Module], name: str, arguments: dict[str, Any], out_indices: Any) -> None:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
-            raise ValueError(f"mpvg_{name} has no pretrained weights to fetch; give checkpoint_path=FILE")
-        # The getter runs the network's own loop; timm's other feature wrappers call the blocks without their PE.
-        features = {"out_indices": kwargs.pop("out_indices", maps), "feature_cls": "getter"}
+            raise ValueError(f"mpvg_{name} has no pretrained weights to download; give checkpoint_path=FILE")
+        # "getter" calls the network's own loop; timm's other feature wrappers would call the blocks without a PE.
+        features = {"out_indices": kwargs.pop("out_indices", out_indices), "feature_cls": "getter"}
         return build_model_with_cfg(network, f"mpvg_{name}", False, feature_cfg=features, **(arguments | kwargs))
 
     build.__name__ = f"mpvg_{name}"
@@ -52,10 +52,10 @@ def _register(network: type[nn.Module], name: str, arguments: dict[str, Any], ma
 
 
 def check_divisible(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Refuses an image size that is no multiple of the patch size.
+    """Refuses an image size that is not a multiple of the patch size.
 
     Raises:
-        ValueError: naming both, and the nearest sizes that are.
+        ValueError: naming both sizes and the nearest allowed image sizes.
     """
     for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
         if side < patch or side % patch:

@@ -1,4 +1,4 @@
-"""Swin: stages of shrinking grids and growing widths, with a delivered position embedding (PE)."""
+"""Swin: stages with smaller grids and larger widths, with a delivered position embedding (PE)."""
 
 from collections.abc import Container
 from dataclasses import replace
@@ -18,72 +18,76 @@ from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
 
 POS_STD = 0.02
-"""Standard deviation at which Swin's absolute PE starts (microsoft/Swin-Transformer)."""
+"""Initial standard deviation of Swin's absolute PE (microsoft/Swin-Transformer)."""
 
 
 class DeliveredSwinBlock(SwinTransformerBlock):
-    """timm's block of (shifted) windows whose attention input may receive a PE."""
+    """timm's block with (shifted) windows, with an optional PE added to the attention input."""
 
     def forward(self, x: Tensor, pe: Tensor | None = None) -> Tensor:
-        """Runs attention and MLP on tokens `(B, H, W, D)`; `pe`, `(1, H * W, D)`, reaches the attention input only."""
+        """Runs attention and MLP on tokens `(B, H, W, D)`; `pe`, `(1, H * W, D)`, goes to the attention input only."""
         attended = self.norm1(x)
         if pe is not None:
-            # Before the cyclic shift and the windows, so that a token takes the PE of its own place along.
+            # Before the cyclic shift and the windows, so that each token gets the PE of its own position.
             attended = attended + pe.unflatten(1, x.shape[1:3])  # Eqs. (6), (9): MSA(LN_l(x_l) + LN'_l(pos))
         x = x + self.drop_path1(self._attn(attended))  # type: ignore[no-untyped-call]  # Eq. (2)
         return x + self.drop_path2(self.mlp(self.norm2(x)))  # Eq. (3)
 
 
 class StagedDelivery(nn.ModuleList):
-    """One PositionDelivery a stage, for a network that merges the PE between stages.
+    """One PositionDelivery per stage, for a network that merges the PE between stages.
 
     Args:
-        spec: a resolved method of the whole network.
+        spec: the resolved method of the whole network.
         depths: number of layers of each stage.
         dims: channels of each stage.
-        eps: epsilon of every LN', the network's own.
+        eps: epsilon of every LN'; the network's own.
     """
 
-    averages_to_zero = False
-    """As PositionDelivery's."""
+    last_mean_folded = False
+    """As in PositionDelivery."""
 
     def __init__(self, spec: DeliverySpec, depths: list[int], dims: list[int], *, eps: float) -> None:
-        # Every stage serves its first layer: resolve() has made that so for layer 0 of the network.
+        # In every stage the first layer receives a PE, too: resolve() sets first_layer to 0 for Swin.
         specs = [replace(spec, last_index=None)] * (len(depths) - 1) + [spec]
         stages = zip(specs, depths, dims, strict=True)
         super().__init__(PositionDelivery(stage, depth, dim, eps=eps) for stage, depth, dim in stages)
         self.hierarchical = spec.hierarchical
 
-    def wanted_from(self, stage: int) -> tuple[bool, bool]:
-        """Whether this stage or a later one takes the chain's value, and whether one takes pos_0."""
-        stages: list[Any] = list(self)[stage:]
-        served = any(len(delivery.layer_norms) for delivery in stages)
+    @property
+    def stages(self) -> list[PositionDelivery]:
+        """The deliveries of the stages."""
+        return [stage for stage in self if isinstance(stage, PositionDelivery)]
+
+    def needed_from(self, stage: int) -> tuple[bool, bool]:
+        """Whether this or a later stage needs the chain's value, and whether one needs pos_0."""
+        stages = self.stages[stage:]
+        to_layers = any(len(delivery.layer_norms) for delivery in stages)
         to_last_norm = any(delivery.last_norm is not None for delivery in stages)
-        return served and self.hierarchical, to_last_norm or (served and not self.hierarchical)
+        return to_layers and self.hierarchical, to_last_norm or (to_layers and not self.hierarchical)
 
     def prune(self, depth: int, *, keep_last: bool) -> None:
-        """As PositionDelivery.prune, for a depth at which a stage ends."""
-        stages: list[Any] = list(self)
-        ends = accumulate(delivery.depth for delivery in stages)
-        kept = [delivery for delivery, end in zip(stages, ends, strict=True) if end <= depth]
+        """As PositionDelivery.prune; `depth` must be the end of a stage."""
+        ends = accumulate(delivery.depth for delivery in self.stages)
+        kept = [delivery for delivery, end in zip(self.stages, ends, strict=True) if end <= depth]
         del self[len(kept) :]
         kept[-1].prune(kept[-1].depth, keep_last=keep_last)
 
 
 class DeliveredSwinTransformer(SwinTransformer):
-    """timm's SwinTransformer, with an absolute PE, whose layers and Last LN receive what a method delivers.
+    """timm's SwinTransformer with an absolute PE, whose layers and Last LN receive what a method delivers.
 
-    The PE is as large as the first stage's tokens, and crosses each border of stages through the patch merging of the
-    tokens: see docs/decisions/staged-networks.md. The relative bias of every window stays.
+    The PE has the size of the first stage's tokens. Between stages it goes through the patch merging of the tokens:
+    see docs/decisions/staged-networks.md. Each window's relative position bias is unchanged.
 
     Args:
         method: a method's name or a DeliverySpec.
-        pos_std: standard deviation at which the PE starts: the same draw, rescaled; None: 0.02.
-        drop_path_rate: stochastic depth, growing linearly up to this rate.
-        **kwargs: timm's arguments, less `global_pool`.
+        pos_std: initial standard deviation of the PE, by rescaling the same draw; None: 0.02.
+        drop_path_rate: rate of stochastic depth at the last layer; it increases linearly from 0.
+        **kwargs: timm's arguments, except `global_pool`.
 
     Raises:
-        ValueError: the method asks for what this network cannot do, or an argument that the method decides is given.
+        ValueError: the network cannot run the method, or an argument is given that the method decides.
 
     Source:
         microsoft/Swin-Transformer, `models/swin_transformer.py` (`ape=True`).
@@ -92,7 +96,7 @@ class DeliveredSwinTransformer(SwinTransformer):
     layouts: tuple[Layout, ...] = (
         Layout(
             source="microsoft/Swin-Transformer",
-            # The stage that the tokens leave holds the merging there, the one that they enter in timm.
+            # There the merging belongs to the stage before it, in timm to the stage after it.
             marker=r"^layers\.0\.downsample\.",
             names=(
                 (r"^absolute_pos_embed$", "pos_embed"),
@@ -104,10 +108,12 @@ class DeliveredSwinTransformer(SwinTransformer):
     )
     """How checkpoints of the original repository name their tensors."""
     may_be_new = ("pos_embed",)
-    """What a checkpoint may lack: the released networks have no absolute PE."""
+    """Tensors that may be missing from a checkpoint: the released networks have no absolute PE."""
 
+    num_prefix_tokens = 0
+    """Swin has no class token and no registers."""
     probe: Probe | None = None
-    """Shown what the layers and the Last LN work on."""
+    """Called with the tokens and the delivered PE of each layer and of the Last LN."""
     spec: DeliverySpec
     """The method as this network runs it."""
     delivery: StagedDelivery
@@ -121,7 +127,7 @@ class DeliveredSwinTransformer(SwinTransformer):
     ) -> None:
         if "global_pool" in kwargs:
             raise ValueError(
-                f"global_pool={kwargs['global_pool']!r}: the method decides it, and Swin has 'avg' alone; leave it out"
+                f"global_pool={kwargs['global_pool']!r}: the method decides it, and Swin has 'avg' only; leave it out"
             )
         depth = sum(kwargs.get("depths", (2, 2, 6, 2)))
         traits = NetworkTraits(name="Swin", depth=depth, readouts=("avg",), first_layer=0, uniform_width=False)
@@ -129,7 +135,9 @@ class DeliveredSwinTransformer(SwinTransformer):
         check_divisible(kwargs.get("img_size", 224), kwargs.get("patch_size", 4))
         super().__init__(global_pool=spec.pool, drop_path_rate=drop_path_rate, **kwargs)
         for block in self.blocks:
-            block.__class__ = DeliveredSwinBlock  # timm's stage has no argument for the class of its blocks
+            # timm's SwinTransformerStage has no argument for the class of its blocks. The class swap keeps timm's
+            # constructor, its weights and its random draws; the subclass changes forward() only.
+            block.__class__ = DeliveredSwinBlock
         self.spec = spec
         self.pos_std = pos_std
         depths = [len(stage.blocks) for stage in self.layers]
@@ -137,9 +145,9 @@ class DeliveredSwinTransformer(SwinTransformer):
         weight = self.norm.weight
         delivery = StagedDelivery(spec, depths, dims, eps=self.norm.eps)
         self.delivery = delivery.to(device=weight.device, dtype=weight.dtype)
-        # Last, so that every other parameter is what timm draws from the same seed.
+        # Drawn last, so that every other parameter is what timm draws from the same seed.
         self.pos_embed = nn.Parameter(weight.new_empty(1, self.patch_embed.num_patches, dims[0]))
-        self._draw_position()
+        self._init_pos_embed()
 
     @property
     def blocks(self) -> list[DeliveredSwinBlock]:
@@ -147,28 +155,28 @@ class DeliveredSwinTransformer(SwinTransformer):
         return [block for stage in self.layers for block in stage.blocks]
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """timm's method of this name; the PE is drawn again, too."""
+        """As timm's method; the PE is drawn again, too."""
         super().init_weights(mode, needs_reset=needs_reset)
-        if hasattr(self, "pos_embed"):  # timm's constructor calls this before there is one
-            self._draw_position()
+        if hasattr(self, "pos_embed"):  # it does not exist yet when timm's constructor calls this
+            self._init_pos_embed()
 
-    def position(self, grid: tuple[int, int] | None = None) -> Tensor:
-        """The raw PE, `(1, rows, D)` of the first stage, resampled to a grid of patches if one is given."""
-        return self.pos_embed if grid is None else self._resampled(grid, self.patch_embed.grid_size)
+    def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The raw PE, `(1, rows, D)` for the first stage, resampled to a grid of patches if one is given."""
+        return self.pos_embed if grid is None else self._resample(grid, self.patch_embed.grid_size)
 
     def deliver(self, pos: Tensor, grid: tuple[int, int] | None = None) -> DeliveredPE:
-        """What every layer of every stage and the Last LN receive for the raw PE of `position(grid)`."""
+        """Computes what every layer of every stage and the Last LN receive; `pos` is `raw_pos_embed(grid)`."""
         height, width = grid or self.patch_embed.grid_size
         carry = initial = pos
         per_layer: list[Tensor | None] = []
         last = None
         for index, (stage, delivery) in enumerate(zip(self.layers, self.delivery, strict=True)):
             if index > 0:
-                carry_wanted, initial_wanted = self.delivery.wanted_from(index)
-                if carry_wanted:
-                    carry = _merged(stage.downsample, carry, (height, width))
-                if initial_wanted:
-                    initial = _merged(stage.downsample, initial, (height, width))
+                carry_needed, initial_needed = self.delivery.needed_from(index)
+                if carry_needed:
+                    carry = _merge(stage.downsample, carry, (height, width))
+                if initial_needed:
+                    initial = _merge(stage.downsample, initial, (height, width))
                 height, width = (height + 1) // 2, (width + 1) // 2
             delivered = delivery(carry, initial)
             carry, last = delivered.carry, delivered.last
@@ -176,18 +184,18 @@ class DeliveredSwinTransformer(SwinTransformer):
         return DeliveredPE(tuple(per_layer), last, carry)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The mean that the head takes of tokens, `(B, N, D)` to `(B, D)`."""
+        """The head's mean over tokens, `(B, N, D)` to `(B, D)`."""
         return tokens.mean(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to logits `(B, classes)`."""
         x, last, _ = self._encode(x)
-        if self.delivery.averages_to_zero and self.global_pool == "avg":
+        if self.delivery.last_mean_folded and self.global_pool == "avg":
             last = None
         return self.forward_head(self._last_norm(x, last))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` to the tokens behind the Last LN, `(B, H, W, D)` of the last stage."""
+        """Images `(B, C, H, W)` to the last stage's tokens after the Last LN, `(B, H, W, D)`."""
         x, last, _ = self._encode(x)
         return self._last_norm(x, last)
 
@@ -200,7 +208,7 @@ class DeliveredSwinTransformer(SwinTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """timm's method of this name; `norm` applies what the Last LN receives, too, to the last stage's map."""
+        """As timm's method; with `norm`, the map of the last stage also gets what the Last LN receives."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; allowed: 'NCHW'")
         count = len(self.layers)
@@ -217,7 +225,7 @@ class DeliveredSwinTransformer(SwinTransformer):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's method of this name; what the removed stages and Last LN would have received goes with them."""
+        """As timm's method; what the removed stages and the removed Last LN received is removed, too."""
         take: list[int] = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.delivery.prune(len(self.blocks), keep_last=not isinstance(self.norm, nn.Identity))
         return take
@@ -230,12 +238,12 @@ class DeliveredSwinTransformer(SwinTransformer):
         window_ratio: Any = None,
         always_partition: bool | None = None,
     ) -> None:
-        """timm's method of this name: the raw PE is resampled, and delivered from then on."""
+        """As timm's method: the raw PE is resampled, and delivered after that."""
         check_divisible(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         before = self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size, window_size, window_ratio, always_partition)
         if self.patch_embed.grid_size != before:
-            pos = self._resampled(self.patch_embed.grid_size, before).detach()
+            pos = self._resample(self.patch_embed.grid_size, before).detach()
             self.pos_embed = nn.Parameter(pos, requires_grad=self.pos_embed.requires_grad)
 
     def no_weight_decay(self) -> set[str]:
@@ -244,7 +252,7 @@ class DeliveredSwinTransformer(SwinTransformer):
         return names | {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer decay, with each LN' beside the LN it is paired with."""
+        """timm's groups for layer decay, with each LN' in the group of its layer's LN or of the Last LN."""
         stem = r"^patch_embed|^pos_embed"
         if coarse:
             return {"stem": stem, "blocks": r"^(?:layers|delivery)\.(\d+)\.(?!last_norm)"}
@@ -260,7 +268,7 @@ class DeliveredSwinTransformer(SwinTransformer):
     def _encode(
         self, image: Tensor, take: Container[int] = (), stop: int | None = None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Runs the stages: the one loop behind every kind of forward pass.
+        """Runs the stages: the one loop that every kind of forward pass uses.
 
         Returns:
             The tokens before the Last LN, `(B, H, W, D)`; what the Last LN receives, `(1, H * W, D)`; the tokens after
@@ -268,9 +276,9 @@ class DeliveredSwinTransformer(SwinTransformer):
         """
         x = self.patch_embed(image)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
-        pos = self.position(grid)
+        pos = self.raw_pos_embed(grid)
         if self.spec.input_pe:
-            x = x + pos.unflatten(1, x.shape[1:3])  # Eqs. (1), (8); LaPE leaves it out, Eq. (5)
+            x = x + pos.unflatten(1, x.shape[1:3])  # Eqs. (1), (8); LaPE omits it, Eq. (5)
         delivered = self.deliver(pos, grid)
         per_layer = enumerate(delivered.per_layer)
         taken = []
@@ -291,18 +299,18 @@ class DeliveredSwinTransformer(SwinTransformer):
             self.probe.last(x, normed, last)
         return normed if last is None else normed + last.unflatten(1, x.shape[1:3])  # Eq. (11); without `last`, Eq. (4)
 
-    def _resampled(self, grid: tuple[int, int], old: tuple[int, int]) -> Tensor:
+    def _resample(self, grid: tuple[int, int], old: tuple[int, int]) -> Tensor:
         return resample_abs_pos_embed(self.pos_embed, list(grid), list(old), num_prefix_tokens=0)
 
-    def _draw_position(self) -> None:
+    def _init_pos_embed(self) -> None:
         trunc_normal_(self.pos_embed, std=POS_STD)
         if self.pos_std is not None:
             with torch.no_grad():
                 self.pos_embed.mul_(self.pos_std / POS_STD)
 
 
-def _merged(merging: nn.Module, value: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A PE through a patch merging of the tokens, `(1, rows, D)` to `(1, rows / 4, 2 D)`."""
+def _merge(merging: nn.Module, value: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Applies the patch merging of the tokens to a PE, `(1, rows, D)` to `(1, rows / 4, 2 D)`."""
     return merging(value.unflatten(1, grid)).flatten(1, 2)
 
 
@@ -316,7 +324,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     | {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
 
-# A member of our own for small images: two stages, of 14 x 14 and of 7 x 7 tokens.
+# Our own size for small images: two stages, with 14 x 14 and 7 x 7 tokens.
 _SMALL: dict[str, dict[str, Any]] = {
     "swin_mini_patch2_28": {
         "img_size": 28,

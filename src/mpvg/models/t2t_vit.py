@@ -1,4 +1,4 @@
-"""T2T-ViT: overlapping patches become tokens in three steps, and the position embedding (PE) is a frozen sinusoid."""
+"""T2T-ViT: three soft splits turn overlapping patches into tokens; the position embedding (PE) is a frozen sinusoid."""
 
 import math
 from contextlib import nullcontext
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mpvg.delivery import Method
 from mpvg.models.checkpoints import Layout
-from mpvg.models.plain import DeliveredVisionTransformer
 from mpvg.models.registry import check_divisible, register
+from mpvg.models.vision_transformer import DeliveredVisionTransformer
 
 PATCH = 16
-"""Pixels from one token to the next, which the strides of the three soft splits make: 4 x 2 x 2."""
+"""Pixels from one token to the next: the product of the strides of the three soft splits, 4 x 2 x 2."""
 TOKEN_DIM = 64
 """Width of the tokens between the soft splits."""
 
@@ -23,16 +23,16 @@ TOKEN_DIM = 64
 class T2TViT(DeliveredVisionTransformer):
     """T2T-ViT whose layers and Last LN receive what a method delivers.
 
-    The PE has a row for the class token, 0, and one for each patch, 1 to N; without class token rows 1 to N are left.
+    The PE has row 0 for the class token and rows 1 to N for the patches; without a class token, only rows 1 to N.
 
     Args:
         method: a method's name or a DeliverySpec.
-        pos_std: refused, since the PE is not drawn.
-        norm_layer: the LNs' kind; its epsilon is 1e-5 in the repository.
+        pos_std: refused, because the PE is not random.
+        norm_layer: class of the LNs; its epsilon is 1e-5 in the repository.
         **kwargs: as for DeliveredVisionTransformer.
 
     Raises:
-        ValueError: the method asks for what this network cannot do, or an argument for what it does not have.
+        ValueError: the network cannot run the method, or an argument asks for a part that it does not have.
 
     Source:
         yitu-opensource/T2T-ViT, `models/t2t_vit.py`.
@@ -57,7 +57,7 @@ class T2TViT(DeliveredVisionTransformer):
     ) -> None:
         if pos_std is not None:
             raise ValueError(
-                f"pos_std={pos_std!r}: T2T-ViT's PE is a frozen sinusoid with a size of its own; leave pos_std out"
+                f"pos_std={pos_std!r}: T2T-ViT's PE is a frozen sinusoid with a fixed scale; leave pos_std out"
             )
         for name in ("embed_layer", "embed_norm_layer", "dynamic_img_pad"):
             if kwargs.get(name):
@@ -70,7 +70,7 @@ class T2TViT(DeliveredVisionTransformer):
         self.pos_embed.requires_grad_(False)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialises as the repository does: every Linear and the class token at std 0.02, the PE as a sinusoid."""
+        """Initializes as the repository does: every Linear and the class token at std 0.02, the PE as a sinusoid."""
         super().init_weights(mode, needs_reset=needs_reset)
         table = sinusoid(1 + self.patch_embed.num_patches, self.embed_dim)
         with torch.no_grad():
@@ -78,8 +78,8 @@ class T2TViT(DeliveredVisionTransformer):
 
 
 def sinusoid(rows: int, dim: int) -> Tensor:
-    """The table `(rows, dim)` in float64: sin and cos, by turns, of row / 10000^(2 floor(j / 2) / dim)."""
-    # On the CPU wherever the network is made: not every device has float64.
+    """The table `(rows, dim)` in float64: alternating sin and cos of row / 10000^(2 floor(j / 2) / dim)."""
+    # On the CPU, whatever the network's device is: not every device supports float64.
     row, j = (torch.arange(count, dtype=torch.float64, device="cpu") for count in (rows, dim))
     angle = row[:, None] / 10000 ** (2 * (j // 2) / dim)
     return torch.where(j % 2 == 0, angle.sin(), angle.cos())
@@ -88,10 +88,10 @@ def sinusoid(rows: int, dim: int) -> Tensor:
 class TokensToToken(nn.Module):
     """Images to tokens: three soft splits with a performer after each of the first two, then a Linear.
 
-    Stands where timm's patch embedding stands, with its attributes and arguments.
+    Replaces timm's PatchEmbed and has its attributes and arguments.
 
     Raises:
-        ValueError: the patch size is not 16, or an image is not of the size that this is set to.
+        ValueError: the patch size is not 16, or the size of an image is not `img_size`.
     """
 
     img_size: tuple[int, int]
@@ -114,14 +114,14 @@ class TokensToToken(nn.Module):
         super().__init__()
         self.patch_size = (PATCH, PATCH)
         self.strict_img_size = strict_img_size
-        self.flatten = output_fmt is None  # timm asks for tokens (B, N, D), or else for a map (B, H, W, D)
+        self.flatten = output_fmt is None  # timm passes None for tokens (B, N, D), "NHWC" for a map (B, H, W, D)
         self.set_input_size(img_size, patch_size)
         self.attention1 = TokenPerformer(in_chans * 7 * 7, TOKEN_DIM, **dd)
         self.attention2 = TokenPerformer(TOKEN_DIM * 3 * 3, TOKEN_DIM, **dd)
         self.project = nn.Linear(TOKEN_DIM * 3 * 3, embed_dim, bias=bias, **dd)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """timm's method of this name; no weight depends on the size."""
+        """As timm's method; no weight depends on the image size."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(
                 f"patch_size={patch_size!r}: the soft splits of T2T-ViT make patches of {PATCH}; leave it out"
@@ -145,7 +145,7 @@ class TokensToToken(nn.Module):
         height, width = image.shape[-2:]
         if self.strict_img_size and (height, width) != self.img_size:
             raise ValueError(
-                f"images are {height} x {width}, the network's {self.img_size[0]} x {self.img_size[1]}; "
+                f"images are {height} x {width}, but the network takes {self.img_size[0]} x {self.img_size[1]}; "
                 "call set_input_size, or build it with dynamic_img_size=True"
             )
         check_divisible((height, width), PATCH)
@@ -158,13 +158,13 @@ class TokensToToken(nn.Module):
 
 
 class TokenPerformer(nn.Module):
-    """A transformer layer of one head that approximates softmax attention by positive random features.
+    """A transformer layer with one head that approximates softmax attention by positive random features.
 
     With phi(x)_i = exp(w_i x - |x|^2 / 2) / sqrt(m), tokens t and s and m features:
 
         y_t = sum_s <phi(q_t), phi(k_s)> v_s / (sum_s <phi(q_t), phi(k_s)> + 1e-8)
 
-    Input and output differ in width, so that the residual starts from v. The dropouts are fixed, as in the repository.
+    Input and output have different widths, so v is the residual. The dropout rates are fixed, as in the repository.
 
     Source:
         yitu-opensource/T2T-ViT, `models/token_performer.py`; the features: Choromanski et al., arXiv 2009.14794.
@@ -173,7 +173,7 @@ class TokenPerformer(nn.Module):
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.kqv = nn.Linear(dim, 3 * out_dim, **dd)  # in this order: checkpoints have it
+        self.kqv = nn.Linear(dim, 3 * out_dim, **dd)  # the order in the checkpoints
         self.w = nn.Parameter(torch.empty(out_dim // 2, out_dim, **dd), requires_grad=False)
         self.proj = nn.Linear(out_dim, out_dim, **dd)
         self.dp = nn.Dropout(0.1)
@@ -184,7 +184,7 @@ class TokenPerformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the features' directions: orthogonal rows of norm sqrt(m)."""
+        """Draws the directions of the features: orthogonal rows with norm sqrt(m)."""
         drawn = nn.init.orthogonal_(torch.empty_like(self.w, dtype=torch.float32))
         with torch.no_grad():
             self.w.copy_(drawn * math.sqrt(len(drawn)))
@@ -196,13 +196,13 @@ class TokenPerformer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        # phi reaches exp(|w|^2 / 2) = exp(16), which half precision does not hold.
-        wide = torch.promote_types(v.dtype, torch.float32)
-        kind = v.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            phi_k, phi_q = self._features(k.to(wide)), self._features(q.to(wide))
+        # phi reaches exp(|w|^2 / 2) = exp(16), which overflows in half precision.
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        device = v.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            phi_k, phi_q = self._features(k.to(dtype)), self._features(q.to(dtype))
             sums = phi_q @ phi_k.sum(dim=1).unsqueeze(2)  # (B, N, 1)
-            y = phi_q @ (phi_k.transpose(1, 2) @ v.to(wide)) / (sums + 1e-8)
+            y = phi_q @ (phi_k.transpose(1, 2) @ v.to(dtype)) / (sums + 1e-8)
         return y.to(v.dtype)
 
     def _features(self, x: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class TokenPerformer(nn.Module):
 
 
 def _soft_split(x: Tensor, *, window: int, stride: int, padding: int) -> Tensor:
-    """Maps `(B, C, H, W)` to overlapping patches `(B, H/stride * W/stride, C * window * window)`, zeros around them."""
+    """Maps `(B, C, H, W)` to overlapping patches `(B, H/stride * W/stride, C * window * window)`, zero-padded."""
     return F.unfold(x, window, stride=stride, padding=padding).transpose(1, 2)
 
 

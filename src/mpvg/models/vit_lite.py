@@ -1,4 +1,4 @@
-"""ViT-Lite: the small transformer for small images, whose layers normalise the residual stream itself."""
+"""ViT-Lite: a small transformer for small images, whose layers normalize the residual stream."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from mpvg.delivery import Method
 from mpvg.models.checkpoints import Layout
-from mpvg.models.plain import DeliveredBlock, DeliveredVisionTransformer
 from mpvg.models.registry import register
+from mpvg.models.vision_transformer import DeliveredBlock, DeliveredVisionTransformer
 
 
 class ViTLiteBlock(DeliveredBlock):
-    """A layer with an LN before the attention and one on the residual stream behind it, and none before the MLP."""
+    """A layer with an LN before the attention and one on the residual stream after it, and none before the MLP."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pe: Tensor | None = None
     ) -> Tensor:
-        """Runs attention and MLP on tokens `(B, N, D)`; `pe`, `(1, N, D)`, reaches the attention input only."""
+        """Runs attention and MLP on tokens `(B, N, D)`; `pe`, `(1, N, D)`, is added to the attention input only."""
         x = self.norm2(self.attend(x, attn_mask, is_causal, pe))
         return x + self.drop_path2(self.ls2(self.mlp(x)))
 
@@ -27,8 +27,8 @@ class ViTLite(DeliveredVisionTransformer):
 
     Args:
         method: a method's name or a DeliverySpec.
-        attn_drop_rate: dropout of the attention weights; the repository's model has 0.1 where nothing is said.
-        norm_layer: the LNs' kind; its epsilon is 1e-5 in the repository.
+        attn_drop_rate: dropout of the attention weights; 0.1 is the repository's default.
+        norm_layer: class of the LNs; its epsilon is 1e-5 in the repository.
         **kwargs: as for DeliveredVisionTransformer.
 
     Source:
@@ -37,7 +37,7 @@ class ViTLite(DeliveredVisionTransformer):
 
     family = "ViT-Lite"
     block = ViTLiteBlock
-    usual_pos_std = 0.2
+    default_pos_std = 0.2
     layouts = (
         Layout(
             source="SHI-Labs/Compact-Transformers",
@@ -67,14 +67,14 @@ class ViTLite(DeliveredVisionTransformer):
         super().__init__(method, attn_drop_rate=attn_drop_rate, norm_layer=norm_layer, **kwargs)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialises as the repository does: class token at zero, patch kernel by Kaiming's rule."""
+        """Initializes as the repository does: class token at zero, patch kernel by Kaiming initialization."""
         super().init_weights(mode, needs_reset=needs_reset)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight)
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing beside biases and norms: the repository decays the PE and the class token."""
+        """No names: unlike DeiT, the repository applies weight decay to the PE and the class token, too."""
         return set()
 
 

@@ -6,8 +6,9 @@ Each says what it is for and what it costs; the runs of the paper are in `paper.
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig, unknown
+from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
 from mpvg.recipes import paper
+from mpvg.validation import unknown_name
 
 
 def digits() -> RunConfig:
@@ -124,6 +125,6 @@ def recipe(name: str | None = None, data: str | None = None) -> RunConfig:
         data = data or "digits"
         name = data if data in RECIPES and RECIPES[data]().data == data else "folder"
     if name not in RECIPES:
-        raise ValueError(unknown("recipe", name, RECIPES, near=2))
+        raise ValueError(unknown_name("recipe", name, RECIPES, near=2))
     config = RECIPES[name]()
     return config if data is None else replace(config, data=data)

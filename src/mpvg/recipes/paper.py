@@ -18,7 +18,7 @@ from dataclasses import replace
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
 
 STRONG = AugmentConfig(hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
-"""DeiT's augmentation, which every ImageNet run of the paper has; timm leaves colour jitter out beside RandAugment."""
+"""DeiT's augmentation, which every ImageNet run of the paper has; timm leaves color jitter out beside RandAugment."""
 
 
 def deit_tiny() -> RunConfig:
@@ -40,7 +40,7 @@ def deit_tiny() -> RunConfig:
         optim=OptimConfig(
             weight_decay=0.05,
             warmup_epochs=5,
-            # Set once an epoch and behind it: epochs 0 and 1 both run at 1e-6, and epoch e at the rate of e - 1.
+            # Stepped once per epoch, after it: epochs 0 and 1 both run at 1e-6, and epoch e at the rate of e - 1.
             schedule_unit="epoch",
             schedule_lag=1,
         ),
@@ -81,7 +81,7 @@ def swin_tiny() -> RunConfig:
             clip_grad=5.0,
             warmup_epochs=20,
             warmup_prefix=True,  # the cosine spans the other 280 epochs
-            schedule_lag=1,  # set behind each step
+            schedule_lag=1,  # stepped after each step
         ),
     )
 

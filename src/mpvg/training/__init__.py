@@ -1,4 +1,4 @@
-"""One loop for every run: seeded, exactly resumable, watched while it runs."""
+"""One loop for every task: seeded, exactly resumable."""
 
 from mpvg.training.loop import NonFiniteLoss as NonFiniteLoss
 from mpvg.training.loop import resume as resume

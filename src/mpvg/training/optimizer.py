@@ -1,9 +1,9 @@
-"""Optimizer, schedule and averaged weights from timm's parts; the optimizer's state as plain tensors and JSON."""
+"""timm's optimizers and schedules from a config; the optimizer's state as plain tensors and JSON."""
 
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from mpvg.config import RunConfig
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-"""timm's schedules but `plateau`, whose state is in no checkpoint."""
+"""timm's schedules without `plateau`, whose state no checkpoint holds."""
 
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of the config's name; 1-D parameters and what the network exempts get no weight decay.
+    """The timm optimizer that the config names; 1-D parameters and those that the network exempts get no weight decay.
 
     Raises:
-        ValueError: timm knows no such optimizer, or it asks for more than the config has.
+        ValueError: timm has no such optimizer, or it needs arguments that the config does not have.
     """
     optim = config.optim
     freeze(model, optim.frozen)
     if optim.name not in (names := list_optimizers()):
         near = difflib.get_close_matches(optim.name, map(str, names), n=3) or ["adamw", "sgd", "lamb"]
         raise ValueError(f"optim.name is {optim.name!r}; allowed: timm's names, such as {', '.join(near)}")
-    # One fused kernel instead of a dozen small ones a parameter.
+    # One fused kernel instead of a dozen small ones per parameter.
     fused: dict[str, Any] = {"fused": True} if optim.name == "adamw" else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -47,17 +47,19 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         )
     except (AssertionError, IndexError, RuntimeError, TypeError) as error:  # Adan's third beta, a GPU, a package
         raise ValueError(
-            f"optim.name is {optim.name!r}, which cannot be made here ({error}); give adamw, say"
+            f"optim.name is {optim.name!r}, which cannot be created here ({error}); use for example adamw"
         ) from error
-    pack(optimizer)  # refuses what cannot be saved before time is spent on it
+    pack(optimizer)  # refuses what cannot be saved, before any training
     return optimizer
 
 
 def _head_and_body(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """timm's groups by weight decay, each cut into the head and the rest, which learns at another rate."""
+    """timm's groups by weight decay, each split into the head and the rest, which has another learning rate."""
     optim, network = config.optim, cast(Any, model)
     if optim.layer_decay is not None:
-        raise ValueError("optim.body_lr and optim.layer_decay both set the rates below the head; leave one out")
+        raise ValueError(
+            "optim.body_lr and optim.layer_decay both set the learning rates below the head; leave one out"
+        )
     groups = param_groups_weight_decay(
         model,
         optim.weight_decay,
@@ -65,36 +67,38 @@ def _head_and_body(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
         no_weight_decay_list=() if optim.decay_all else network.no_weight_decay(),
     )
     head = set(map(id, network.get_classifier().parameters()))
-    cut: list[dict[str, Any]] = []
+    split: list[dict[str, Any]] = []
     for group in groups:
         for in_head, factor in ((False, optim.body_lr), (True, 1.0)):
             chosen = [parameter for parameter in group["params"] if (id(parameter) in head) == in_head]
             # A rate, not timm's `lr_scale`: that would scale the schedule's final rate as well.
-            cut += [group | {"params": chosen, "lr": config.lr * (factor or 1.0)}] if chosen else []
-    return cut
+            split += [group | {"params": chosen, "lr": config.lr * (factor or 1.0)}] if chosen else []
+    return split
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Takes the parameters whose names match out of the training.
+    """Freezes the parameters whose names match.
 
     Raises:
-        ValueError: a pattern is none, or matches no parameter.
+        ValueError: a pattern is not valid, or matches no parameter.
     """
     named = dict(model.named_parameters())
     for pattern in patterns:
         try:
             found = [name for name in named if re.search(pattern, name)]
         except re.error as error:
-            raise ValueError(f"optim.frozen: {pattern!r} is no pattern ({error})") from error
+            raise ValueError(f"optim.frozen: {pattern!r} is not a valid pattern ({error})") from error
         if not found:
-            raise ValueError(f"optim.frozen: no parameter matches {pattern!r}; see the names in model.safetensors")
+            raise ValueError(
+                f"optim.frozen: no parameter matches {pattern!r}; the names are those in model.safetensors"
+            )
         for name in found:
             named[name].requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule of timm's that is asked for the rate of an optimizer step, and holds no state that a resume needs."""
+    """A timm schedule as a function of the step, without state that a resume would need."""
 
     scheduler: Scheduler
     by_epoch: bool
@@ -107,19 +111,20 @@ class Schedule:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int) -> Schedule:
-    """Linear warm-up into timm's schedule of the config's name, a cosine say, and a cool-down at its final rate.
+    """Linear warm-up, the timm schedule that the config names, and a cool-down at its final rate.
 
     Raises:
-        ValueError: timm knows no such schedule, or it goes by more than the time.
+        ValueError: timm has no such schedule, or it depends on more than the step.
     """
     optim, by_epoch = config.optim, config.optim.schedule_unit == "epoch"
     if optim.schedule not in SCHEDULES:
         raise ValueError(
-            f"optim.schedule is {optim.schedule!r}; allowed: timm's that go by time: {', '.join(SCHEDULES)}"
+            f"optim.schedule is {optim.schedule!r}; allowed: timm's schedules that depend on the step alone: "
+            f"{', '.join(SCHEDULES)}"
         )
     units = 1 if by_epoch else steps_per_epoch
     length = config.epochs - optim.cooldown_epochs - (optim.warmup_epochs if optim.warmup_prefix else 0)
-    # In units, not in epochs as timm would count them: warm-ups of half an epoch are whole numbers of steps.
+    # In units, not in epochs: a warm-up of half an epoch is a whole number of steps.
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=optim.schedule,
@@ -139,7 +144,7 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
     """An optimizer's state as named tensors, and the rest as JSON-safe values.
 
     Raises:
-        ValueError: the state is made of other things.
+        ValueError: the state holds something else.
     """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -158,19 +163,21 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
         json.dumps(rest)
     except TypeError as error:
         name = type(optimizer).__name__
-        raise ValueError(f"the state of the optimizer {name} cannot be saved ({error}); give adamw, say") from error
+        raise ValueError(
+            f"the state of the optimizer {name} cannot be saved ({error}); use for example adamw"
+        ) from error
     return tensors, rest
 
 
-def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-    """Gives an optimizer the state that `pack` took.
+def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
+    """Loads a state that `pack` made into an optimizer.
 
     Raises:
-        ValueError: the state is of other parameters.
+        ValueError: the state belongs to other parameters.
     """
     current = optimizer.state_dict()
     parts: dict[str, dict[str, Any]] = {}
-    for key, value in (values["state"] | tensors).items():
+    for key, value in {**values["state"], **tensors}.items():
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = value
     state = {int(part): entries for part, entries in parts.items() if part.isdigit()}
@@ -180,6 +187,6 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values:
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():  # files hold no strides; fused kernels want those of the parameter
+        for name, value in entries.items():  # files hold no strides; fused kernels need those of the parameter
             if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

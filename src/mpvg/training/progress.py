@@ -1,7 +1,8 @@
-"""What a person sees of a run while it trains: a live line in a terminal, plain lines elsewhere."""
+"""Progress for people: a live line in a terminal, plain lines elsewhere."""
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 30.0
-"""Time between plain lines inside an epoch."""
+"""Seconds between plain lines inside an epoch."""
 
 
 class Reporter:
@@ -17,7 +18,7 @@ class Reporter:
 
     Args:
         total: optimizer steps of the whole run.
-        done: steps done before, by the part of the run that is resumed.
+        done: steps done before this process started.
         quiet: show nothing.
     """
 
@@ -25,7 +26,7 @@ class Reporter:
         self.total, self.quiet = total, quiet
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live: Progress | None = None
-        self.begun, self.first, self.said = time.monotonic(), done, time.monotonic()
+        self.started, self.first, self.last_line = time.monotonic(), done, time.monotonic()
         if not quiet and self.console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
             self.live = Progress(*columns, console=self.console)
@@ -43,28 +44,32 @@ class Reporter:
             self.live.stop()
 
     def step(self, epoch: int, step: int, loss: float, rate: float) -> None:
-        """A step is done: its epoch, counted from 1, the steps so far, the epoch's mean loss, images a second."""
+        """After a step: its epoch, from 1; the steps so far; the epoch's mean loss; images per second."""
         now = time.monotonic()
         if self.live:
-            now_at = f"epoch {epoch}  loss {loss:.3f}  {rate:.0f} images/s"
-            self.live.update(self.task, completed=step, description=now_at)
-        elif not self.quiet and now - self.said > PLAIN_SECONDS:
-            self.said = now
-            left = (now - self.begun) / (step - self.first) * (self.total - step)
+            text = f"epoch {epoch}  loss {loss:.3f}  {rate:.0f} images/s"
+            self.live.update(self.task, completed=step, description=text)
+        elif not self.quiet and now - self.last_line > PLAIN_SECONDS:
+            self.last_line = now
+            left = (now - self.started) / (step - self.first) * (self.total - step)
             self.say(
                 f"epoch {epoch}  step {step}/{self.total}  loss {loss:.3f}  {rate:.0f} images/s  {_clock(left)} left"
             )
 
-    def epoch(self, values: dict[str, Any], epochs: int) -> None:
-        """An epoch is done and evaluated: prints its line of metrics.jsonl for people."""
+    def epoch(self, values: Mapping[str, Any], epochs: int, metrics: Sequence[str]) -> None:
+        """After an epoch and its evaluation.
+
+        Args:
+            values: the epoch's line of metrics.jsonl.
+            epochs: of the whole run.
+            metrics: the task's metrics as text.
+        """
         now = time.monotonic()
-        self.said = now
-        left = (now - self.begun) / max(1, values["step"] - self.first) * (self.total - values["step"])
-        ema = f"  ema {100 * values['ema_accuracy']:.2f} %" if "ema_accuracy" in values else ""
-        skipped = f"  {values['skipped']} unreadable images left out" if values["skipped"] else ""
+        self.last_line = now
+        left = (now - self.started) / max(1, values["step"] - self.first) * (self.total - values["step"])
+        skipped = f"  {values['skipped']} unreadable images skipped" if values["skipped"] else ""
         self.say(
-            f"epoch {values['epoch']}/{epochs}  loss {values['train_loss']:.3f}  "
-            f"accuracy {100 * values['accuracy']:.2f} %{ema}  nll {values['nll']:.3f}  "
+            f"epoch {values['epoch']}/{epochs}  loss {values['train_loss']:.3f}  {'  '.join(metrics)}  "
             f"{values['images_per_second']:.0f} images/s  {_clock(left)} left{skipped}"
         )
 

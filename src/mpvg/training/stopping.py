@@ -11,16 +11,16 @@ from types import FrameType, TracebackType
 from typing import ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME = 1.0
-"""Seconds within which Ctrl-C again is the same one: a terminal's, say, and its copy from torchrun."""
+DEBOUNCE_SECONDS = 1.0
+"""A second Ctrl-C within this time is taken for a copy of the first: torchrun sends one besides the terminal's."""
 
 
 class Interrupted(KeyboardInterrupt):
     """A signal stopped the run, and a checkpoint is saved.
 
     Args:
-        message: says where, and how to go on.
-        exit_code: what the process should exit with, 128 and the signal's number.
+        message: where it stopped, and how to continue.
+        exit_code: exit code for the process, 128 plus the signal's number.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -31,69 +31,76 @@ class Interrupted(KeyboardInterrupt):
         return str(self.args[0])
 
 
-class Stop:
-    """Notes a signal, inside `with` and in the main thread; elsewhere signals do what they did before.
+class GracefulShutdown:
+    """Records a signal instead of dying of it, inside `with` and in the main thread; other threads cannot set handlers.
 
     A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     def __init__(self, *, quiet: bool = True) -> None:
-        self.asked = 0
-        """The number of the signal that came, 0 for none."""
+        self.requested = 0
+        """Number of the signal that was received, 0 for none."""
         self.quiet = quiet
-        self._before: dict[signal.Signals, signal._HANDLER] = {}
-        self._at = 0.0
+        self._handlers_before: dict[signal.Signals, signal._HANDLER] = {}
+        self._requested_at = 0.0
 
-    def __enter__(self) -> "Stop":
-        self.asked = 0
+    def __enter__(self) -> "GracefulShutdown":
+        self.requested = 0
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            _Workers.stopping = self
+            _LoaderWorkers.install_hooks()
+            self._handlers_before = {number: signal.signal(number, self._record) for number in SIGNALS}
+            _LoaderWorkers.owner = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
-        self._before = {}
-        if _Workers.stopping is self:
-            _Workers.stopping = None
-            _Workers.deaf |= {child for child in multiprocessing.active_children() if child.daemon}
+        self._handlers_before = {}
+        if _LoaderWorkers.owner is self:
+            _LoaderWorkers.owner = None
+            children = multiprocessing.active_children()
+            _LoaderWorkers.signal_blocked |= {child for child in children if child.daemon}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked and number == signal.SIGINT and now - self._at > SAME:
+        if self.requested and number == signal.SIGINT and now - self._requested_at > DEBOUNCE_SECONDS:
             raise KeyboardInterrupt
-        if self.asked:
+        if self.requested:
             return
-        self.asked, self._at = number, now
-        if not self.quiet:  # not print(), which must not be entered while it is at work
-            os.write(2, b"\nstopping: finishes the step and saves a checkpoint; Ctrl-C stops at once\n")
+        self.requested, self._requested_at = number, now
+        if not self.quiet:  # print() is not reentrant, and a handler may interrupt one
+            os.write(2, b"\nstopping: finishing the step and saving a checkpoint; press Ctrl-C to stop at once\n")
 
 
-class _Workers:
-    """What the loader's workers do with the signals: nothing, for they are sent to whole process groups.
+class _LoaderWorkers:
+    """Blocks the signals in the data loader's workers: they are sent to whole process groups.
 
-    A worker that died of one would take the step in progress with it.
+    A worker that died of one would make the step in progress fail.
     """
 
-    stopping: ClassVar[Stop | None] = None
-    deaf: ClassVar[set[BaseProcess]] = set()
+    owner: ClassVar[GracefulShutdown | None] = None
+    signal_blocked: ClassVar[set[BaseProcess]] = set()
+    _installed: ClassVar[bool] = False
 
     @classmethod
-    def in_child(cls) -> None:
-        """In a process that was forked off: blocked rather than ignored, as torch sets handlers of its own later."""
-        if cls.stopping is not None:
+    def install_hooks(cls) -> None:
+        """Registers the hooks below, once per process."""
+        if not cls._installed:
+            cls._installed = True
+            os.register_at_fork(after_in_child=cls._block_signals)
+            atexit.register(cls._kill_leftovers)
+
+    @classmethod
+    def _block_signals(cls) -> None:
+        """In a forked process: blocked rather than ignored, because torch sets handlers of its own later."""
+        if cls.owner is not None:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     @classmethod
-    def at_exit(cls) -> None:
-        """Ends what an error left behind; multiprocessing would send SIGTERM and wait for ever."""
-        for child in cls.deaf:
+    def _kill_leftovers(cls) -> None:
+        """Ends workers that an error left running; multiprocessing would send SIGTERM and wait for ever."""
+        for child in cls.signal_blocked:
             if child.is_alive():
                 child.kill()
-
-
-os.register_at_fork(after_in_child=_Workers.in_child)
-atexit.register(_Workers.at_exit)

@@ -1,0 +1,1 @@
+"""The command `mpvg`: one file for each group of verbs, each parses, calls and prints."""

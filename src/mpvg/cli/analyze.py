@@ -1,0 +1,40 @@
+"""`mpvg analyze`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mpvg.cli.arguments import add_weights
+
+
+def analyze(arguments: list[str]) -> int:
+    """Writes a report on runs."""
+    text = "What position embeddings do inside runs, beside the same networks before training."
+    parser = argparse.ArgumentParser(prog="mpvg analyze", description=text)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders; those that differ only in the seed are repetitions"
+    )
+    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
+    parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly (default: 1000)")
+    add_weights(parser)
+    parser.add_argument(
+        "--beyond",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="also change PE, position and size on this many images: some hundred passes (default: 0)",
+    )
+    parser.add_argument("--out", default="report", help="folder of report.html and all else (default: report)")
+    given = parser.parse_args(arguments)
+    from mpvg.analysis import report
+
+    options = report.Options(
+        data=given.data, images=given.images, which=given.checkpoint, ema=given.ema, sensitivity_images=given.beyond
+    )
+    made = report.analyze(given.runs, Path(given.out), options)
+    for name, sentences in made.sentences.items():
+        print(f"{name}:", *sentences, sep="\n  ")
+    for run, reason in made.problems.items():
+        print(f"mpvg: warning: {run} is left out: {reason}", file=sys.stderr)
+    print(f"\nreport: {made.page}")
+    return 0

@@ -1,0 +1,73 @@
+"""The entry point: finds the verb, runs it, and turns errors into one line. A verb's module loads when it is used."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from mpvg.validation import unknown_name
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command."""
+
+    module: str
+    """Module of `mpvg.cli` with a function named like the verb: arguments -> exit code."""
+    help: str
+
+
+VERBS = {
+    "train": Verb("train", "train a network, or continue an interrupted run"),
+    "evaluate": Verb("evaluate", "score a run's checkpoint on its validation set"),
+    "predict": Verb("evaluate", "name what is in images"),
+    "inspect": Verb("networks", "parameters, FLOPs and which layer receives which position embedding"),
+    "methods": Verb("networks", "the methods, as a table"),
+    "runs": Verb("runs", "list run folders, with their state"),
+    "plot": Verb("runs", "draw the curves of several runs"),
+    "analyze": Verb("analyze", "what position embeddings do inside runs: numbers, figures and report.html"),
+    "demo": Verb("study", "train and compare a few methods; ends with a table and report.html"),
+}
+
+
+def usage() -> str:
+    """The help text of the command."""
+    verbs = "\n".join(f"  {name:10s} {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: mpvg VERB [options]     mpvg VERB --help says more\n\n"
+        f"{verbs}\n\n"
+        "A first run:  mpvg train --data digits --method mpvg --epochs 2 --seed 0 --out RUN\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; an error of the user is one message and exit code 2, MPVG_TRACEBACK=1 shows where it came from."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
+    if name not in VERBS:
+        return _fail(unknown_name("verb", name, VERBS, near=1))
+    try:
+        run = getattr(import_module(f"mpvg.cli.{VERBS[name].module}"), name)
+        code: int = run(arguments[1:])
+        return code
+    except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
+        print(f"\n{str(stop) or 'interrupted; continue with `mpvg train --resume RUN`'}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MPVG_TRACEBACK"):
+            raise
+        text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+        return _fail(text)
+    except ModuleNotFoundError as error:
+        if os.environ.get("MPVG_TRACEBACK"):
+            raise
+        return _fail(f"{error}; optional packages come with: pip install 'mpvg[all]'")
+
+
+def _fail(message: str) -> int:
+    print(f"mpvg: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,146 @@
+"""From a run's config to batches: the formats, and the steps that all of them share."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from mpvg.config import RunConfig
+from mpvg.data import archives, folder, hub, tensors
+from mpvg.data.images import ImageFiles
+from mpvg.data.listing import Classes, Format, Listing
+from mpvg.data.loader import LoadedBatches, Subset
+from mpvg.data.named_sets import DATASETS
+from mpvg.data.order import BatchOrder
+from mpvg.data.transforms import image_pipeline
+from mpvg.data.types import Batches, Data, DataInfo, DevicePipeline, MakePipeline, Pipeline, Shard, Source, Split
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+_FORMATS: dict[str, Format] = {hub.NAME: hub.open_hub}
+_FORMATS.update(dict.fromkeys(DATASETS, tensors.open_named))
+
+
+def register_format(name: str, open: Format) -> None:
+    """Adds a data format: `--data NAME` or `--data NAME/anything` is then listed by `open`.
+
+    Args:
+        name: of the format, without a slash.
+        open: see `Format`.
+
+    Raises:
+        ValueError: the name is taken or is not a valid one.
+    """
+    if name in _FORMATS or name in ("", os.curdir, os.pardir) or os.sep in name:
+        raise ValueError(f"data format {name!r}: give a name without a slash that is not one of {', '.join(_FORMATS)}")
+    _FORMATS[name] = open
+
+
+def open_listing(config: RunConfig, splits: Sequence[Split] = SPLITS, class_names: Classes | None = None) -> Listing:
+    """Lists the files of `config.data`.
+
+    Args:
+        config: of the run.
+        splits: which splits to list; no file of another one is read.
+        class_names: the classes, if they are known already.
+
+    Raises:
+        FileNotFoundError: the files of a named set, or the folder or a part of it, are missing; or the hub has no such
+            data set or cannot be reached.
+        ModuleNotFoundError: an optional package that the data need is not installed.
+        ValueError: the name is unknown, or the files are damaged.
+    """
+    return _format(config.data)(config, splits, class_names)
+
+
+def _format(data: str) -> Format:
+    name = data.split("/", 1)[0]
+    if name in _FORMATS and (name == data or name not in DATASETS):
+        return _FORMATS[name]
+    if os.path.isdir(data) or os.sep in data:
+        return archives.open_archives if archives.has_archives(data) else folder.open_folder
+    near = difflib.get_close_matches(data, _FORMATS, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    names = ", ".join(name for name in _FORMATS if name != hub.NAME)
+    raise ValueError(
+        f"data {data!r} is neither a data set nor a folder; {hint}allowed: {names}, "
+        f"{hub.NAME}/<Hugging Face data set>, or the path of a folder with train/ and val/"
+    )
+
+
+def describe(config: RunConfig, listing: Listing) -> DataInfo:
+    """The facts of a data set as a run uses it: the config's values, or else the listing's."""
+    network = config.network
+    return DataInfo(
+        name=config.data,
+        class_names=listing.class_names,
+        in_chans=listing.in_chans,
+        img_size=network.img_size or listing.img_size,
+        mean=network.mean or listing.mean,
+        std=network.std or listing.std,
+        crop_pct=network.crop_pct,
+        pipeline=config.augment.pipeline,
+        train_size=len(listing.train) if listing.train is not None else 0,
+        val_size=len(listing.val) if listing.val is not None else 0,
+    )
+
+
+def open_split(
+    listing: Listing,
+    split: Split,
+    shard: Shard,
+    config: RunConfig,
+    info: DataInfo,
+    *,
+    make_pipeline: MakePipeline = image_pipeline,
+    images: int | None = None,
+) -> Batches[Any]:
+    """Makes the batches of a split: the same order, seeding, workers and failures for every format and task.
+
+    Args:
+        listing: of the data set.
+        split: training is shuffled and drops the last incomplete batch; validation is neither.
+        shard: this process's part.
+        config: `batch_size` counts the images of all processes; `seed` fixes order and augmentation.
+        info: the facts of the data set.
+        make_pipeline: what becomes of a sample; image classification unless a task says otherwise.
+        images: read only so many samples, spread evenly over the split; None: all.
+
+    Raises:
+        ValueError: the config does not fit the data.
+    """
+    pipeline = make_pipeline(config, info, split, shard.device)
+    source = listing.source(split)
+    if isinstance(pipeline, Pipeline) and pipeline.decode is not None:
+        if not isinstance(source, ImageFiles):
+            raise ValueError(f"augment.pipeline is 'fast', which reads image files, and {info.name} has none")
+        source = ImageFiles(source.files, source.targets, pipeline.decode)
+    if images is not None:
+        source = _spread(source, images)
+    order = BatchOrder(
+        size=len(source),
+        batch_size=config.batch_size,
+        shuffle=split == "train",
+        seed=config.seed,
+        rank=shard.rank,
+        world_size=shard.world_size,
+        repeats=config.augment.repeats if split == "train" else 1,
+    )
+    if isinstance(pipeline, DevicePipeline):
+        assert isinstance(source, tensors.TensorSource), "a DevicePipeline is for sets that are tensors"
+        return tensors.TensorBatches(source, pipeline, order, shard.device)
+    return LoadedBatches(source, pipeline, order, config.loader, seed=config.seed, device=shard.device)
+
+
+def _spread(source: Source, images: int) -> Source:
+    """At most so many samples, spread evenly: validation sets are in the order of their classes."""
+    chosen = range(0, len(source), max(1, len(source) // images))[:images]
+    return source.select(chosen) if isinstance(source, tensors.TensorSource) else Subset(source, chosen)
+
+
+def open_data(config: RunConfig, shard: Shard, make_pipeline: MakePipeline = image_pipeline) -> Data:
+    """Lists a data set and opens both of its splits; arguments and errors as `open_listing` and `open_split`."""
+    listing = open_listing(config)
+    info = describe(config, listing)
+    opened = partial(open_split, listing, config=config, info=info, shard=shard, make_pipeline=make_pipeline)
+    return Data(info, train=opened("train"), val=opened("val"))

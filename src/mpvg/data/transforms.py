@@ -1,0 +1,102 @@
+"""timm's transforms of single images, and the pipelines of image classification."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from mpvg.config import AugmentConfig, RunConfig
+from mpvg.data import tensors
+from mpvg.data.fast_pipeline import fast_pipeline
+from mpvg.data.loader import collate_images
+from mpvg.data.named_sets import DATASETS
+from mpvg.data.types import DataInfo, DevicePipeline, Pipeline, Preprocess, Sample, Split
+
+
+def image_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torch.device) -> Pipeline | DevicePipeline:
+    """The pipeline of a split for image classification, as `augment.pipeline` says.
+
+    Raises:
+        ValueError: the data set cannot be read by the pipeline that is asked for.
+    """
+    chosen, named = config.augment.pipeline, info.name in DATASETS
+    if chosen == "fast" and named:
+        raise ValueError(
+            f"augment.pipeline is 'fast', which is for images from files, and {info.name} is on the device already; "
+            "allowed for it: 'auto', 'timm'"
+        )
+    on_device = named and chosen == "auto"
+    if info.in_chans != 3 and not on_device:
+        cure = "leave it out" if named else "its format needs a pipeline of its own"
+        raise ValueError(
+            f"augment.pipeline is {chosen!r}, whose transforms are for color images; {info.name} is gray: {cure}"
+        )
+    if on_device:
+        return tensors.device_pipeline(config, info, split, device)
+    if split == "val":
+        return Pipeline(TransformImage(make_preprocess(info)), collate_images)
+    if chosen == "fast":
+        return fast_pipeline(config, info, device)
+    return Pipeline(TransformImage(train_transform(config.augment, info)), collate_images)
+
+
+def make_preprocess(info: DataInfo) -> Preprocess:
+    """What validation does to an image, from the facts of a data set alone."""
+    if info.name in DATASETS and info.pipeline == "auto":
+        return tensors.ResizeAndNormalize(info)
+    # Resize (256 for 224 at a crop_pct of 0.875) and center crop.
+    transform = create_transform(
+        info.img_size, interpolation="bicubic", mean=info.mean, std=info.std, crop_pct=info.crop_pct
+    )
+    return ToRGB(transform)
+
+
+@dataclass(frozen=True)
+class TransformImage:
+    """A transform of the image alone, applied to a sample."""
+
+    transform: Callable[[Any], Tensor]
+
+    def __call__(self, sample: Sample) -> Sample:
+        return sample._replace(image=self.transform(sample.image))
+
+
+@dataclass(frozen=True)
+class ToRGB:
+    """A transform of color images, for an image of any mode."""
+
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Returns the normalized image (C, H, W)."""
+        return self.transform(image.convert("RGB"))
+
+
+def train_transform(config: AugmentConfig, info: DataInfo) -> Callable[[Image.Image], Tensor]:
+    """timm's training transforms, as the config asks for them."""
+    no_jitter: Any = None  # timm's own value would switch it on wherever RandAugment is off
+    try:
+        transform: Callable[[Image.Image], Tensor] = create_transform(
+            info.img_size,
+            is_training=True,
+            mean=info.mean,
+            std=info.std,
+            scale=config.crop_scale,
+            ratio=(3 / 4, 4 / 3),
+            hflip=config.hflip,
+            color_jitter=no_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            re_prob=config.erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"augment.auto_augment is {config.auto_augment!r}, which timm refuses ({error}); "
+            "allowed: a string such as 'rand-m9-mstd0.5-inc1'"
+        ) from error
+    return transform

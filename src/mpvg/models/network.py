@@ -1,0 +1,92 @@
+"""The type of a network that receives a delivered position embedding (PE), for code that works with every family."""
+
+from collections.abc import Iterator, Sized
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from mpvg.delivery import DeliveredPE, DeliverySpec
+from mpvg.models.probing import Probe
+
+
+class Delivery(Protocol):
+    """`model.delivery`: a PositionDelivery, one per stage (Swin), or the constants of a folded network."""
+
+    @property
+    def last_mean_folded(self) -> bool:
+        """Whether the Last LN's beta already contains the mean of what the Last LN receives."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As nn.Module."""
+
+
+class DeliveredNetwork(Protocol):
+    """What a network of this package has in addition to an nn.Module; see `delivered_network`."""
+
+    probe: Probe | None
+    """Called with the tokens and the delivered PE of each layer and of the Last LN."""
+
+    @property
+    def spec(self) -> DeliverySpec:
+        """The method as this network runs it."""
+
+    @property
+    def delivery(self) -> Delivery:
+        """The module that computes, or holds, what is delivered."""
+
+    @property
+    def patch_embed(self) -> Any:
+        """timm's patch embedding, or another with its `img_size`, `patch_size` and `grid_size`."""
+
+    @property
+    def blocks(self) -> Sized:
+        """The layers, over all stages."""
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """The Last LN; a converted network whose LN comes after the mean has an nn.Identity here."""
+
+    @property
+    def global_pool(self) -> str:
+        """timm's name of the pooling: "token" or "avg", or another one in a converted network."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the patches: class token and registers."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of an image."""
+
+    def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The raw PE, `(1, rows, D)`, resampled to a grid of patches if one is given."""
+
+    def deliver(self, pos: Tensor, grid: tuple[int, int] | None = None) -> DeliveredPE:
+        """Computes what every layer and the Last LN receive; `pos` is `raw_pos_embed(grid)`."""
+
+    def pool(self, tokens: Tensor, /) -> Tensor:
+        """The network's pooling, `(B, N, D)` to `(B, D)`."""
+
+    def set_input_size(self, img_size: Any = None) -> None:
+        """Resamples the raw PE to another image size."""
+
+    def get_classifier(self) -> nn.Module:
+        """The head's last layer."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, in addition to biases and norms."""
+
+
+def delivered_network(model: nn.Module) -> DeliveredNetwork:
+    """Returns the same model with the type DeliveredNetwork.
+
+    Raises:
+        ValueError: it is not a network of this package.
+    """
+    missing = [name for name in ("delivery", "deliver", "raw_pos_embed") if not hasattr(model, name)]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} does not receive a delivered PE (it has no {missing[0]}); "
+            "use mpvg.create_model or mpvg.convert"
+        )
+    return cast(DeliveredNetwork, model)

@@ -1,0 +1,217 @@
+"""Correlations, intervals and other statistics, computed on float64 tensors."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+"""Bootstrap resamples from which an interval is computed."""
+CONFIDENCE_LEVEL = 0.95
+"""Confidence level of every interval."""
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """Pearson's correlation over all entries of two tensors of the same shape; NaN if one of them is constant."""
+    return cosine(centered(a), centered(b))
+
+
+def centered(values: Tensor) -> Tensor:
+    """Flattens a tensor and subtracts its mean; the result is exactly 0 if all entries are equal, despite rounding."""
+    values = values.double().flatten()
+    return torch.zeros_like(values) if values.min() == values.max() else values - values.mean()
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's correlation over all entries: Pearson's correlation of their ranks; ties get their mean rank."""
+    from scipy.stats import rankdata
+
+    return pearson(*(torch.from_numpy(rankdata(value.double().flatten().numpy())) for value in (a, b)))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine similarity over all entries of two tensors; NaN if one of them is zero."""
+    a, b = a.double().flatten(), b.double().flatten()
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if norms > 0 else math.nan
+
+
+def variance(values: Tensor, *, correction: int = 0) -> float:
+    """Variance over all entries: of the population by default, of a sample with `correction=1`."""
+    return float(values.double().var(correction=correction))
+
+
+def auc(scores: Tensor, inside: Tensor) -> float:
+    """Probability that a score inside an object is larger than one outside (ties count half).
+
+    Args:
+        scores: one number per position.
+        inside: boolean mask of the same shape: which positions are inside the object.
+
+    Returns:
+        A value in [0, 1]; NaN if no position is inside, or none is outside.
+    """
+    from scipy.stats import rankdata
+
+    inside = inside.flatten()
+    positives, negatives = int(inside.sum()), int((~inside).sum())
+    if not positives or not negatives:
+        return math.nan
+    ranks = torch.from_numpy(rankdata(scores.double().flatten().numpy()))
+    return float(ranks[inside].sum() - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """Exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007).
+
+    Args:
+        matrix: `(rows, channels)`.
+
+    Returns:
+        A value between 1 and the rank of the matrix; NaN if all entries are 0.
+    """
+    values = torch.linalg.svdvals(matrix.double())
+    if not values.any():
+        return math.nan
+    shares = values[values > 0] / values.sum()
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def spectrum(pe: Tensor, grid: tuple[int, int]) -> list[float]:
+    """Share of a position embedding's power at each spatial frequency, without its mean over the grid.
+
+    Args:
+        pe: `(N, C)`, one row per patch.
+        grid: number of rows and columns of patches.
+
+    Returns:
+        The shares at frequencies of 1, 2, ... cycles per image (the radius, rounded); they add up to 1.
+    """
+    height, width = grid
+    power = torch.fft.fft2(pe.double().T.reshape(-1, height, width)).abs().square().sum(dim=0)
+    rows, columns = torch.fft.fftfreq(height) * height, torch.fft.fftfreq(width) * width
+    radius = (rows[:, None] ** 2 + columns**2).sqrt().round().long().flatten()
+    by_radius = torch.zeros(int(radius.max()) + 1, dtype=torch.float64).index_add_(0, radius, power.flatten())[1:]
+    shares: list[float] = (by_radius / by_radius.sum()).tolist()
+    return shares
+
+
+def slope(values: Tensor, positions: Tensor) -> Tensor:
+    """Least-squares slope of values `(..., L)` over positions `(L,)`."""
+    centered = positions.double() - positions.double().mean()
+    result: Tensor = (values.double() * centered).sum(dim=-1) / centered.square().sum()
+    return result
+
+
+def resamples(groups: int, draws: int = RESAMPLES, seed: int = 0) -> Tensor:
+    """Draws bootstrap resamples: how often each group occurs in each of them, `(draws, groups)`, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(groups, (draws, groups), generator=generator)
+    counts = torch.zeros(draws, groups, dtype=torch.float64)
+    return counts.scatter_add_(1, chosen, torch.ones(draws, groups, dtype=torch.float64))
+
+
+def bootstrap_interval(value: float, draws: Tensor) -> Interval:
+    """The basic bootstrap interval of a value.
+
+    It is the basic interval, not the percentile interval. A resample contains fewer different images than the sample,
+    so its mean is noisier and correlates less; in the same way the sample correlates less than the population. The
+    basic interval corrects for this bias, because it mirrors the resamples at the value.
+
+    Args:
+        value: computed from the whole sample.
+        draws: the same, computed from each resample, `(draws,)`.
+    """
+    tail = (1 - CONFIDENCE_LEVEL) / 2
+    low, high = torch.quantile(draws.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(2 * value - high, 2 * value - low)
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, Interval | None]:
+    """Mean of independent repetitions with its Student's t interval; None instead of an interval for a single value."""
+    from scipy.stats import t
+
+    sample = torch.tensor(values, dtype=torch.float64)
+    mean, count = float(sample.mean()), len(values)
+    if count < 2:
+        return mean, None
+    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, count - 1)) * float(sample.std()) / math.sqrt(count)
+    return mean, Interval(mean - half, mean + half)
+
+
+class MeanCorrelation:
+    """Correlation of a weighted mean of token maps with a position embedding (PE), for many sets of weights.
+
+    The images are divided into groups, and only the sum of each group is kept. A weighted mean is linear in these sums,
+    so that its inner products follow from their Gram matrix: a bootstrap resample needs no pass over the maps.
+
+    Args:
+        sums: sum of the maps of each group, `(G, N, C)`, float64.
+        counts: number of images in each group, `(G,)`.
+        pe: `(N, C)`.
+    """
+
+    def __init__(self, sums: Tensor, counts: Tensor, pe: Tensor) -> None:
+        maps, target = sums.flatten(1), pe.double().flatten()
+        self.maps, self.target, self.counts = maps, target, counts.double()
+        self._gram, self._inner, self._norm = maps @ maps.T, maps @ target, float(target.norm())
+        around, centered_target = maps - maps.mean(dim=1, keepdim=True), centered(target)
+        self._centered = around @ around.T, around @ centered_target, float(centered_target.norm())
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean map over all images, flattened to `(N * C,)`."""
+        return self.maps.sum(dim=0) / self.counts.sum()
+
+    def pearson(self, weights: Tensor | None = None) -> Tensor:
+        """Pearson's r of the mean map and the PE.
+
+        Args:
+            weights: how often each group counts, `(draws, G)`; None: every group counts once.
+
+        Returns:
+            `(draws,)`; `(1,)` without weights.
+        """
+        return self._ratio(weights, *self._centered)
+
+    def cosine(self, weights: Tensor | None = None) -> Tensor:
+        """Cosine similarity of the mean map and the PE; arguments and result as for `pearson`."""
+        return self._ratio(weights, self._gram, self._inner, self._norm)
+
+    def _ratio(self, weights: Tensor | None, gram: Tensor, inner: Tensor, norm: float) -> Tensor:
+        weights = torch.ones_like(self.counts)[None] if weights is None else weights
+        squared = torch.einsum("dg,gh,dh->d", weights, gram, weights)
+        return (weights @ inner) / (squared.sqrt() * norm)
+
+
+class GroupedMean:
+    """Mean over images of one value per image, from sums over groups of images; NaNs are ignored.
+
+    Args:
+        groups: number of groups.
+        shape: shape of the value of one image.
+    """
+
+    def __init__(self, groups: int, *shape: int) -> None:
+        self.sums = torch.zeros(groups, *shape, dtype=torch.float64)
+        self.counts = torch.zeros(groups, *shape, dtype=torch.float64)
+
+    def add(self, group: Tensor, values: Tensor) -> None:
+        """Adds the values `(B, ...)` of some images, which are in the groups `(B,)`."""
+        known = ~values.isnan()
+        self.sums.index_add_(0, group, values.double().nan_to_num(0.0))
+        self.counts.index_add_(0, group, known.double())
+
+    def mean(self, weights: Tensor | None = None) -> Tensor:
+        """The mean, of the shape of one value; for weights `(draws, G)` one mean per row, `(draws, ...)`."""
+        if weights is None:
+            return self.sums.sum(dim=0) / self.counts.sum(dim=0)
+        return torch.tensordot(weights, self.sums, 1) / torch.tensordot(weights, self.counts, 1)

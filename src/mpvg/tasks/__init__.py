@@ -1,0 +1,59 @@
+"""The tasks by name: one file each, behind the interface in `task.py`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpvg.config import RunConfig
+from mpvg.data import DataInfo
+from mpvg.tasks.classification import ClassificationTask
+from mpvg.tasks.task import Evaluation as Evaluation
+from mpvg.tasks.task import Metric as Metric
+from mpvg.tasks.task import Prediction as Prediction
+from mpvg.tasks.task import Task as Task
+from mpvg.tasks.task import describe_metrics as describe_metrics
+from mpvg.validation import build, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The options of a task that has none."""
+
+
+_TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {"classification": (ClassificationTask, NoOptions)}
+
+
+def register(name: str, task: type[Task[Any]], options: type[Any] = NoOptions) -> None:
+    """Adds a task: configs with `task: NAME` are then trained and evaluated by it.
+
+    Args:
+        name: of the task.
+        task: a class with the interface `Task`.
+        options: a frozen dataclass; `task_options` of a config must fit it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _TASKS:
+        raise ValueError(f"task {name!r} is registered already; give another name")
+    _TASKS[name] = task, options
+
+
+def task_class(name: str) -> type[Task[Any]]:
+    """The class of a task.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    if name not in _TASKS:
+        raise ValueError(unknown_name("task", name, _TASKS) + "; a task of your own must be registered before")
+    return _TASKS[name][0]
+
+
+def create_task(config: RunConfig, info: DataInfo) -> Task[Any]:
+    """Builds the task that a config names, for the data that `info` describes.
+
+    Raises:
+        ValueError: there is no such task, or its options are not valid.
+    """
+    kind = task_class(config.task)
+    return kind(config, info, build(_TASKS[config.task][1], config.task_options, "task_options."))

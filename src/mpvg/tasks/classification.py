@@ -1,0 +1,173 @@
+"""Image classification: one class per image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from torch import Tensor, nn
+
+from mpvg.config import RunConfig
+from mpvg.data import Batches, DataInfo, ImageBatch, image_pipeline, make_preprocess
+from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
+from mpvg.models import TIMM, create_model
+from mpvg.tasks.task import Evaluation, Metric, Prediction
+
+PRETRAINED = "pretrained"
+"""The `network.init` that stands for timm's own weights."""
+
+
+@dataclass(frozen=True)
+class TopClasses:
+    """The most probable classes of an image, most probable first."""
+
+    classes: tuple[tuple[str, float], ...]
+    """Name and probability of each."""
+
+    def lines(self) -> list[str]:
+        """One line per class."""
+        return [f"{100 * probability:6.2f} %  {name}" for name, probability in self.classes]
+
+
+class ClassificationTask:
+    """Cross entropy, with mixup and label smoothing; accuracy chooses the best checkpoint. See `Task`."""
+
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric(title="accuracy", higher_is_better=True, percent=True),
+        "top5": Metric(title="top-5", higher_is_better=True, percent=True),
+        "nll": Metric(title="nll", higher_is_better=False),
+    }
+    summarized: ClassVar[tuple[str, ...]] = ("accuracy", "nll")
+    best: ClassVar[str] = "accuracy"
+
+    def __init__(self, config: RunConfig, info: DataInfo, options: Any) -> None:
+        self._config, self._info = config, info
+        self._mixup = _make_mixup(config, info.num_classes)
+
+    @staticmethod
+    def make_pipeline(
+        config: RunConfig, info: DataInfo, split: Split, device: torch.device
+    ) -> Pipeline | DevicePipeline:
+        """The pipeline that `augment.pipeline` names."""
+        return image_pipeline(config, info, split, device)
+
+    def build_model(self, *, init: bool) -> nn.Module:
+        """A network of this package or a converted timm network; see `Task`."""
+        config, info, network = self._config, self._info, self._config.network
+        options: dict[str, Any] = {}
+        if config.model.startswith(TIMM):
+            options = {"readout": network.readout, "start": network.start}
+            if init and network.init == PRETRAINED:
+                options["pretrained"] = True
+        elif (network.readout, network.start, network.init == PRETRAINED) != ("keep", "fresh", False):
+            raise ValueError(
+                f"network.readout, network.start and network.init={PRETRAINED} are for timm/<name>, and the model is "
+                f"{config.model}; leave them out"
+            )
+        return create_model(
+            config.model,
+            config.method,
+            num_classes=info.num_classes,
+            checkpoint_path=network.init if init and network.init != PRETRAINED else None,
+            pos_std=network.pos_std,
+            in_chans=info.in_chans,
+            img_size=info.img_size,
+            drop_path_rate=network.drop_path,
+            **options,
+        )
+
+    def prepare(self, batch: ImageBatch) -> ImageBatch:
+        """Mixup and CutMix, where they are on."""
+        return batch if self._mixup is None else ImageBatch(*self._mixup(batch.images, batch.targets))
+
+    def losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
+        """The cross entropy; see `classification_loss`."""
+        return {"loss": classification_loss(model(batch.images), batch.targets, self._config.augment.smoothing)}
+
+    def evaluate(
+        self, model: nn.Module, batches: Batches[ImageBatch], accelerator: Accelerator | None = None
+    ) -> Evaluation:
+        """See the function `evaluate`."""
+        return evaluate(model, batches, accelerator)
+
+    def preprocess(self) -> Preprocess:
+        """What validation does to an image."""
+        return make_preprocess(self._info)
+
+    def predict(self, model: nn.Module, images: Tensor) -> list[Prediction]:
+        """The five most probable classes of each image."""
+        return list(predict(model, images, self._info.class_names))
+
+
+def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Mean cross entropy.
+
+    Args:
+        logits: `(B, classes)`.
+        targets: classes `(B,)`, or the probabilities `(B, classes)` that mixup made, smoothing included.
+        smoothing: label smoothing of classes, in [0, 1).
+    """
+    return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Batches[ImageBatch], accelerator: Accelerator | None = None) -> Evaluation:
+    """Scores a classifier on every image once, over all processes.
+
+    Returns:
+        Accuracy and top-5 accuracy in [0, 1], and the mean negative log-likelihood of the true class in nats.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    model.eval()
+    # Summed on the device: reading a number after each batch would delay the next one.
+    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters(), torch.empty(0)).device)
+    for images, targets in batches.epoch():
+        logits = model(images).float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        nll = F.cross_entropy(logits, targets, reduction="none").double().sum()
+        one, five = hits[:, 0].sum().double(), hits.any(dim=1).sum().double()
+        sums += torch.stack([one, five, nll, nll.new_full((), len(targets))])
+    if accelerator is not None and accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    count = int(sums[3])
+    if count == 0:
+        raise ValueError("no image could be evaluated; give a validation set with readable images")
+    accuracy, top5, nll = (sums[:3] / count).tolist()
+    return Evaluation({"accuracy": accuracy, "top5": top5, "nll": nll}, count)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Tensor, class_names: tuple[str, ...], k: int = 5) -> list[TopClasses]:
+    """The k most probable classes of each image.
+
+    Args:
+        model: a classifier.
+        images: preprocessed images `(B, C, H, W)`.
+        class_names: in the order of the logits.
+        k: how many classes; fewer where there are fewer.
+    """
+    probabilities = model.eval()(images).float().softmax(dim=1)
+    values, classes = probabilities.topk(min(k, len(class_names)), dim=1)
+    return [
+        TopClasses(tuple((class_names[c], p) for c, p in zip(row, ps, strict=True)))
+        for row, ps in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _make_mixup(config: RunConfig, num_classes: int) -> Mixup | None:
+    augment = config.augment
+    if not augment.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=augment.mixup,
+        cutmix_alpha=augment.cutmix,
+        prob=augment.mix_prob,
+        switch_prob=augment.mix_switch,
+        label_smoothing=augment.smoothing,
+        num_classes=num_classes,
+    )

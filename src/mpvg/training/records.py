@@ -1,0 +1,86 @@
+"""The lines that a run leaves: one of metrics.jsonl per epoch, and summary.json at the end."""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpvg.config import RunConfig
+from mpvg.runs.environment import commit, hardware
+from mpvg.tasks import Evaluation, Task
+from mpvg.tasks.task import EMA
+from mpvg.training.state import TrainProgress
+
+
+def selecting_metric(config: RunConfig, task: Task[Any]) -> str:
+    """Name, in a line of metrics.jsonl, of the metric that chooses the best checkpoint."""
+    return f"{EMA}{task.best}" if config.ema_selects else task.best
+
+
+def is_better(task: Task[Any], value: float, best: float | None) -> bool:
+    """Whether a value of the task's metric is better than the best so far; anything is better than None and NaN."""
+    if best is None or math.isnan(best):
+        return True
+    return value > best if task.metrics[task.best].higher_is_better else value < best
+
+
+def epoch_record(
+    progress: TrainProgress, lr: float, trained: Evaluation, averaged: Evaluation | None
+) -> dict[str, Any]:
+    """The line of an epoch that has just ended; `progress` still counts its batches."""
+    record: dict[str, Any] = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": progress.loss_sum / progress.batch,
+        "lr": lr,
+        **trained.metrics,
+    }
+    if averaged is not None:
+        record |= {f"{EMA}{name}": value for name, value in averaged.metrics.items()}
+    return record | {
+        "images_per_second": progress.images / progress.seconds,
+        "skipped": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def summary(
+    config: RunConfig, task: Task[Any], metrics: Sequence[Mapping[str, Any]], network: nn.Module
+) -> dict[str, Any]:
+    """The run in one line: what a study collects."""
+    selecting = selecting_metric(config, task)
+    last, best = metrics[-1], metrics[0]
+    for line in metrics:
+        best = line if is_better(task, line[selecting], best[selecting]) else best
+    values: dict[str, Any] = {
+        "config_hash": config.digest(),
+        "recipe": config.recipe,
+        "data": config.data,
+        "model": config.model,
+        "method": config.method,
+        "pos_std": config.network.pos_std,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "task": config.task,
+        "best_metric": task.best,
+        "higher_is_better": task.metrics[task.best].higher_is_better,
+        **{name: last[name] for name in task.summarized},
+        f"best_{task.best}": best[selecting],
+        "best_epoch": best["epoch"],
+    }
+    if config.ema_decay:
+        values |= {f"{EMA}{name}": last[f"{EMA}{name}"] for name in task.summarized}
+    return values | {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "images_per_second": last["images_per_second"],
+        "seconds": last["seconds"],
+        "skipped": last["skipped"],
+        "commit": commit(),
+        "hardware": hardware(),
+        "threads": config.threads,
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
