@@ -217,6 +217,16 @@ def test_constraints_pin_every_installed_requirement_within_its_bounds() -> None
         assert requirement.specifier.contains(versions[name]), f"{requirement} excludes the pin {versions[name]}"
 
 
+def test_extras_install_only_what_some_module_imports() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["all"] == [f"mpvg[{','.join(sorted(extras.keys() - {'all', 'dev'}))}]"]
+    code = "\n".join(path.read_text() for path in SOURCES)
+    for name in extras.keys() - {"all", "dev"}:
+        for requirement in map(Requirement, extras[name]):
+            module = {"scikit-learn": "sklearn"}.get(requirement.name, requirement.name)
+            assert re.search(rf"^\s*(?:import|from) {module}\b", code, flags=re.MULTILINE), f"{name}: {module}"
+
+
 @pytest.mark.parametrize(
     "line", ["torch>=2.11", "torch==2.15.0+cu130", "torch @ file:/torch.whl", "-e .", "torch", "torch==2.*"]
 )

@@ -122,8 +122,9 @@ def test_train_leaves_a_run_and_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     summary = runs.load(out).summary()
     assert summary is not None
     assert (summary["seed"], summary["method"], summary["recipe"]) == (5, "pvg", "digits")
-    first, epoch, last = printed.out.splitlines()
-    assert first == f"training vit_mini_patch2_8 with pvg on digits in {out}"
+    first, left_out, epoch, last, *_ = printed.out.splitlines()
+    assert first.startswith(f"training vit_mini_patch2_8 with pvg on digits in {out}: 1,437 images, 10 classes, ")
+    assert left_out.startswith("157 of 1437 images are left out of each epoch")
     assert epoch.startswith("epoch 1/1  loss ")
     accuracy = f"{100 * summary['accuracy']:.2f} %"
     assert last.startswith(f"done: accuracy {accuracy} (best {accuracy}), nll {summary['nll']:.4f}, ")
@@ -146,7 +147,7 @@ def test_evaluate_prints_what_the_metrics_say(trained: Path, capsys: pytest.Capt
         expected = (
             f"{trained}: accuracy {100 * accuracy:.2f} %, top-5 {100 * top5:.2f} %, nll {nll:.4f} on 360 images\n"
         )
-        assert capsys.readouterr().out == expected
+        assert capsys.readouterr().out.startswith(expected)
     assert line["nll"] != line["ema_nll"]
 
 
@@ -167,7 +168,7 @@ def test_predict_names_what_is_on_training_images(
         Image.fromarray((image * 255 / 16).round().astype("uint8")).save(path)
     capsys.readouterr()
     assert main(["predict", str(trained), *map(str, paths)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 20 * 6
     right = 0
     for number, target in enumerate(digits.target[:20]):
@@ -335,16 +336,24 @@ def test_an_interrupted_command_is_continued(
         ("--model vit_mini_patch2_9", r"unknown model 'vit_mini_patch2_9'; did you mean vit_mini_patch2_8 .* Known: c"),
         ("--data digit", r"data 'digit' is neither a data set nor a folder; did you mean digits\? allowed: digits, "),
         ("--data no/folder", r"data folder 'no/folder' does not exist; give one with train/ and val/"),
-        ("--recipe digts", r"unknown recipe 'digts'; did you mean digits .*Known: digits, fashion-mnist, cifar10"),
+        ("--recipe digts", r"unknown recipe 'digts'; did you mean digits\? Known: digits, fashion-mnist, cifar10"),
         ("--epoch 3", r"unrecognized arguments: --epoch 3; did you mean epochs\?"),
         ("--optim.weigth_decay 3", r"unrecognized .*--optim\.weigth_decay 3; did you mean optim\.weight_decay\?"),
         ("--xyzzy 3", r"unrecognized arguments: --xyzzy 3; see `mpvg train --help`"),
         ("surplus", r"unrecognized arguments: surplus; see `mpvg train --help`"),
-        ("--epochs many", r"--epochs: Expected an? int\. Got value: many; see `mpvg train --help`"),
-        ("--epochs 2.5", r"--epochs: Expected an? int\. Got value: 2\.5"),
-        ("--threads x", r"--threads: .*int.*NoneType.* x; see `mpvg train --help`"),
-        ("--device gpu", r"--device: Expected an? Literal\['auto', 'cpu', 'cuda'\]\. Got value: gpu"),
-        ("--optim.betas [0.9]", r"--optim\.betas: Expected a tuple with 2 elements\. Got value: \[0\.9\]"),
+        ("--epochs many", r"--epochs is 'many'; allowed: int; see `mpvg train --help`"),
+        ("--epochs 2.5", r"--epochs is '2\.5'; allowed: int; see"),
+        ("--epochs 1_0", r"--epochs is '1_0'; allowed: int; see"),
+        ("--threads x", r"--threads is 'x'; allowed: int \| null; see `mpvg train --help`"),
+        ("--channels_last 1", r"--channels_last is '1'; allowed: bool; see"),
+        ("--lr x", r"--lr is 'x'; allowed: float; see"),
+        ("--lr nan", r"lr is nan; allowed: float"),
+        ("--device gpu", r"device is 'gpu'; allowed: 'auto', 'cpu', 'cuda'"),
+        ("--optim.betas [0.9]", r"optim\.betas is \[0\.9\]; allowed: tuple\[float, float\]"),
+        ("--optim.betas [0.9", r"--optim\.betas '\[0\.9' is not valid JSON of the type tuple\[float, float\] "),
+        ("--optim.betas 0.9", r"--optim\.betas is '0\.9'; allowed: tuple\[float, float\]; see"),
+        ("--task_options x", r"--task_options is 'x'; allowed: dict\[str, Any\]; see"),
+        ("--method {x", r"--method '\{x' is not valid JSON of the type dict\[str, Any\] \(.*\); see"),
         ("--epochs 0", r"epochs is 0; allowed: a whole number >= 1"),
         ("--lr -1", r"lr is -1\.0; allowed: a number > 0"),
         ("--network.drop_path 1", r"network\.drop_path is 1\.0; allowed: a number in \[0, 1\)"),
@@ -401,7 +410,8 @@ def test_a_wrong_file_is_refused(text: str | None, message: str, refused: Callab
 
 def test_an_unknown_verb_is_refused_with_the_nearest(refused: Callable[..., str]) -> None:
     assert refused("trian") == f"unknown verb 'trian'; did you mean train? Known: {', '.join(VERBS)}"
-    assert refused("xyzzy").startswith("unknown verb 'xyzzy' Known: train") or "Known: train" in refused("xyzzy")
+    for far in ("xyzzy", "rain dance", "-x"):
+        assert refused(far) == f"unknown verb {far!r}. Known: {', '.join(VERBS)}"
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(trained: Path, refused: Callable[..., str]) -> None:
@@ -448,7 +458,7 @@ def test_damaged_checkpoints_are_refused(copy: Path, refused: Callable[..., str]
     """The newest by `evaluate` and `predict`, which take no other unasked; all of them by `--resume`."""
     model = copy / "checkpoints/last/model.safetensors"
     os.truncate(model, 1000)
-    for arguments in (["evaluate", copy], ["predict", copy, "x.png"]):
+    for arguments in (["evaluate", copy], ["predict", copy, "x.png", "--checkpoint", "last"]):
         said = refused(*arguments)
         assert "model.safetensors" in said
         assert "is damaged" in said

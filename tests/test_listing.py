@@ -1,5 +1,8 @@
 """`mpvg runs` and `mpvg plot`: run folders listed and drawn."""
 
+import csv
+import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,10 @@ import pytest
 
 from mpvg import figures, runs
 from mpvg.cli.main import main
+from mpvg.config import RunConfig
+from mpvg.delivery import METHODS, describe_spec
 from mpvg.recipes import recipe
-from mpvg.runs.listing import find_runs, plot_runs
+from mpvg.runs.listing import find_runs, method_name, names_by_difference, plot_runs
 from mpvg.training import train
 
 BASE = replace(
@@ -59,8 +64,8 @@ def test_seeds_of_a_run_are_one_curve(some_runs: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(figures, "lines", recording)
     plot_runs([some_runs], "nll", some_runs / "curves.png")
     expected = [[runs.load(some_runs / name).metrics()[0]["nll"]] for name in "ab"]
-    assert [values for name, values in drawn.items() if " mpvg " in name] == [expected]
-    assert len(drawn) == 2
+    assert drawn["mpvg"] == expected
+    assert list(drawn) == ["mpvg", "gap"]
     assert (some_runs / "curves.png").stat().st_size > 1000
 
 
@@ -70,7 +75,7 @@ def test_seeds_of_a_run_are_one_curve(some_runs: Path, monkeypatch: pytest.Monke
         (["runs", "nowhere"], "no run in nowhere; give a folder that `mpvg train` made"),
         (["plot", "{}", "--key", "acuracy"], "no run has 'acuracy' yet; allowed: accuracy, "),
         (["plot", "{}", "--out", "{}/x.xyz"], "Format 'xyz' is not supported"),
-        (["plot", "{}/d"], "no run has an epoch to draw yet; allowed: nothing, before an epoch ends"),
+        (["plot", "{}/d"], "no run has a number to draw yet; allowed: nothing, before an epoch ends"),
     ],
 )
 def test_what_cannot_be_listed_or_drawn_is_refused(
@@ -78,3 +83,78 @@ def test_what_cannot_be_listed_or_drawn_is_refused(
 ) -> None:
     assert main([argument.format(some_runs) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_curves_are_named_by_what_differs() -> None:
+    def names(*configs: RunConfig) -> list[str]:
+        return list(names_by_difference({config.digest(): config for config in configs}).values())
+
+    own = replace(BASE, method={"first_layer": 1, "last_index": 3})
+    assert names(BASE) == ["vit_mini_patch2_8, mpvg"]
+    assert names(BASE, replace(BASE, method="gap"), own) == ["mpvg", "gap", "mpvg, last_index=3"]
+    assert names(BASE, replace(BASE, lr=0.5)) == ["lr=0.002", "lr=0.5"]
+    assert names(BASE, replace(BASE, model="vit_lite_7_patch4_32", epochs=3)) == [
+        "vit_mini_patch2_8, epochs=1",
+        "vit_lite_7_patch4_32, epochs=3",
+    ]
+    assert names(BASE, replace(BASE, optim=replace(BASE.optim, weight_decay=0.5))) == [
+        "optim.weight_decay=0.2",
+        "optim.weight_decay=0.5",
+    ]
+    same = names(BASE, replace(BASE, recipe="a"))
+    assert len(set(same)) == 2
+    assert all(f"recipe={recipe}" in name for name, recipe in zip(same, ("digits", "a"), strict=True))
+    assert names(replace(BASE, data="a\x1b"), replace(BASE, data="b")) == ["a\\x1b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("key", "title", "percent"),
+    [(None, "accuracy", True), ("nll", "nll", False), ("top5", "top-5", True), ("lr", "lr", False)],
+)
+@pytest.mark.parametrize(("suffix", "start"), [("pdf", b"%PDF"), ("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_a_curve_has_the_unit_of_its_metric(
+    key: str | None, title: str, percent: bool, suffix: str, start: bytes, some_runs: Path, monkeypatch: Any
+) -> None:
+    given: list[Any] = []
+    original = figures.lines
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        given.append((arguments, options))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(figures, "lines", recording)
+    plot_runs([some_runs], key, some_runs / f"curve.{suffix}")
+    ((_, shown, _, y),), percents = (given[0][0],), given[0][1]["percent"]
+    assert (shown, y, percents) == (title, title, percent)
+    assert (some_runs / f"curve.{suffix}").read_bytes().startswith(start)
+
+
+def test_runs_are_listed_for_programs(some_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(some_runs), "--json"]) == 0
+    listed = {Path(values["run"]).name: values for values in json.loads(capsys.readouterr().out)}
+    assert set(listed) == {"a", "b", "c", "d"}
+    run = runs.load(some_runs / "a")
+    assert listed["a"] == {
+        **{"run": str(some_runs / "a"), "state": "complete", "epochs_done": 1, "epochs": 1, "best_metric": "accuracy"},
+        **{"best": run.metrics()[0]["accuracy"], "recipe": "digits", "data": "digits", "model": BASE.model},
+        **{"method": "mpvg", "seed": 0, "digest": run.config.digest()},
+    }
+    assert listed["d"]["state"].startswith("damaged: ")
+    assert [value for name, value in listed["d"].items() if name not in ("run", "state")] == [None] * 10
+    assert main(["runs", str(some_runs), "--csv"]) == 0
+    rows = {Path(row["run"]).name: row for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    for name, values in listed.items():
+        assert rows[name] == {key: "" if value is None else str(value) for key, value in values.items()}
+
+
+def test_a_spec_is_listed_as_its_nearest_method() -> None:
+    for name in METHODS:
+        assert describe_spec(METHODS[name]) == name
+    for fields, expected in (
+        ({"first_layer": 1, "last_index": 3}, "mpvg, last_index=3"),
+        ({"first_layer": 1, "last_index": 0, "pool": "token"}, "mpvg, pool=token"),
+        ({"pool": "token", "input_pe": False}, "default, input_pe=False"),
+        ({"first_layer": 0, "last_index": 0, "hierarchical": False}, "mpvg_layer0, hierarchical=False"),
+        ({"first_layer": 1, "last_index": 0}, "mpvg"),
+    ):
+        assert method_name(replace(BASE, method=fields)) == expected

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpvg.data import ImageBatch
+from mpvg.config import RunConfig
+from mpvg.data import DataInfo, ImageBatch
+from mpvg.tasks import create_task
 from mpvg.tasks.classification import classification_loss, evaluate, predict
 
 
@@ -96,3 +98,11 @@ def test_a_prediction_has_no_more_classes_than_there_are() -> None:
     assert sorted(name for name, _ in found) == ["a", "b", "c"]
     assert sum(probability for _, probability in found) == pytest.approx(1)
     assert found == sorted(found, key=lambda pair: -pair[1])
+
+
+def test_data_without_classes_cannot_be_classified() -> None:
+    sizes = {"in_chans": 1, "img_size": 8, "mean": (0.5,), "std": (0.5,), "train_size": 4, "val_size": 4}
+    info = DataInfo(name="boxes", class_names=(), **sizes)
+    config = RunConfig(data="boxes", model="any", epochs=1, batch_size=2, lr=0.1, recipe="none")
+    with pytest.raises(ValueError, match="boxes has no classes, so there is nothing to classify; give data with"):
+        create_task(config, info)

@@ -1,8 +1,7 @@
 """The configuration of a run: plain, frozen dataclasses that load no torch.
 
-A recipe, a YAML file or the command line builds them; the run folder keeps a copy, from which they are read back.
-
-A run folder has a format. A digest names what a run trains and carries the format it was computed in:
+A recipe, a YAML file or the command line builds them; the run folder keeps a copy. It has a format. A digest names what
+a run trains and carries the format it was computed in:
 
     format 1   twelve hex digits over all fields of that format
     format 2   "2-" and twelve hex digits over the fields that differ from `digest_defaults()`
@@ -21,10 +20,9 @@ from mpvg.validation import build, check, check_choices
 
 FORMAT = 2
 """Format of the run folders that are written now."""
-ADDED_FIELDS: dict[str, Any] = {"task": "classification", "task_options": {}}
-"""Fields that are younger than format 1 -> the value that reproduces runs made before the field existed.
-
-A file without such a field is read with this value, and the digest leaves the field out where it has this value."""
+ADDED_FIELDS: dict[str, Any] = dict(task="classification", task_options={}, val_share=0.0, orientation="stored")
+"""Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
+and the digest leaves a field out where it has this value."""
 UNCOUNTED = ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker")
 """Fields that the digest leaves out: where a run is kept, where its data are and on which hardware it runs."""
 
@@ -165,14 +163,12 @@ class OptimConfig:
         for name in ("schedule_lag", "cooldown_epochs"):
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a whole number >= 0")
         check("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
-        check("optim.body_lr", self.body_lr, self.body_lr is None or self.body_lr > 0, "a number > 0")
         low, high = self.betas
         check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")
         check("optim.eps", self.eps, self.eps >= 0, "a number >= 0")
-        check("optim.clip_grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a number > 0")
-        check(
-            "optim.decay_epochs", self.decay_epochs, self.decay_epochs is None or self.decay_epochs > 0, "a number > 0"
-        )
+        for name in ("body_lr", "clip_grad", "decay_epochs"):
+            value = getattr(self, name)
+            check(f"optim.{name}", value, value is None or value > 0, "a number > 0")
         decay = self.layer_decay
         check("optim.layer_decay", decay, decay is None or 0 < decay <= 1, "a number in (0, 1]")
 
@@ -207,6 +203,10 @@ class RunConfig:
     """What is learned: a registered task."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task, by name."""
+    val_share: float = 0.0
+    """Image files without a validation set: share of each class that is held out as one, by hashes of names; 0: off."""
+    orientation: Literal["exif", "stored"] = "exif"
+    """Images from files: exif turns them upright, as their EXIF data say; stored does not, as torchvision and timm."""
     epochs: int
     """Passes over the training set."""
     batch_size: int
@@ -246,14 +246,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "")
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
         check("lr", self.lr, self.lr > 0, "a number > 0")
         check("seed", self.seed, 0 <= self.seed < 2**31, "a whole number in [0, 2^31)")
-        check("threads", self.threads, self.threads is None or self.threads >= 1, "a whole number >= 1")
+        check("val_share", self.val_share, 0 <= self.val_share < 1, "a number in [0, 1)")
+        check("threads", self.threads, self.threads is None or 0 < self.threads <= 4096, "a whole number >= 1, <= 4096")
         check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "a whole number >= 1")
         check("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
-        check("accumulate", self.accumulate, self.accumulate >= 1, "a whole number >= 1")
         if self.ema_selects and self.ema_decay is None:
             raise ValueError("ema_selects is True, but no weights are averaged; set ema_decay")
         if self.augment.mixes and self.batch_size % 2:
@@ -270,8 +270,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-safe values."""
-        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return values
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -298,11 +297,10 @@ class RunConfig:
         Args:
             format: of the run folder, 1 or 2: see the head of this file.
         """
-        flat = _flat(self.to_dict())
+        flat = flatten(self.to_dict())
         counted = {name: value for name, value in flat.items() if name.split(".")[0] not in UNCOUNTED}
         if format == 1:
-            values = _nested({name: value for name, value in counted.items() if name not in ADDED_FIELDS})
-            return _hash(values)
+            return _hash(_nested({name: value for name, value in counted.items() if name not in ADDED_FIELDS}))
         defaults = digest_defaults()
         return f"{format}-" + _hash({k: v for k, v in counted.items() if k not in defaults or v != defaults[k]})
 
@@ -329,7 +327,7 @@ def _parts() -> dict[str, Any]:
     return {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names -> values; the fields of the parts only are taken apart."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -338,7 +336,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `_flat`."""
+    """Undoes `flatten`."""
     values: dict[str, Any] = {}
     for name, value in flat.items():
         part, _, inner = name.rpartition(".")

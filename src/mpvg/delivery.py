@@ -115,6 +115,21 @@ def as_spec(method: Method) -> DeliverySpec:
     return DeliverySpec(**method)
 
 
+def describe_spec(spec: DeliverySpec) -> str:
+    """A spec in words: its method's name, or the nearest method's and what differs, such as "mpvg, last_index=3"."""
+
+    def differences(method: str) -> dict[str, Any]:
+        own, other = dataclasses.asdict(spec), dataclasses.asdict(METHODS[method])
+        return {name: value for name, value in own.items() if value != other[name]}
+
+    def distance(method: str) -> tuple[int, int]:
+        differing = differences(method)  # of equally near ones, that which delivers to the same places
+        return len(differing), sum((getattr(METHODS[method], k) is None) != (v is None) for k, v in differing.items())
+
+    nearest = min(METHODS, key=distance)
+    return ", ".join([nearest, *(f"{name}={value}" for name, value in differences(nearest).items())])
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkTraits:
     """What a network can do, as far as methods depend on it."""

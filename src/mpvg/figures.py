@@ -1,10 +1,9 @@
-"""All drawing with matplotlib: curves, heatmaps, overlays on images, and the diagram of what each layer receives.
+"""All drawing with matplotlib, with settings of this module; those of the calling program and its backend are kept."""
 
-Every function draws or saves with this module's own settings. The matplotlib settings and the backend of the program
-that calls it are neither used nor changed, and pyplot is not involved.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -12,26 +11,31 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import MaxNLocator
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
-# Colors that can be told apart with any kind of color vision (Okabe and Ito), and color maps without red and green.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+from mpvg.files import atomic_write
+
+# After Okabe and Ito, for any kind of color vision, each with a contrast of at least 3 (WCAG 2.1, 1.4.11).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a87800", "#3a93c8", "#000000", "#767676")
+DARK_COLORS = ("#3d9bdc", "#ff8a3d", "#22b88c", "#e08fbd", "#e69f00", "#8fd0f5", "#f0f0f0", "#a0a0a0")
+"""The same on a dark background."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SIGNED, UNSIGNED = "PuOr", "viridis"
 
 _SETTINGS: dict[Any, Any] = {
-    # matplotlib's own defaults, whatever its user has set; the backend stays, because changing it could open windows.
     **{name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")},
-    # The same numbers give the same file: no random identifiers, and text stays text.
-    "svg.hashsalt": "mpvg",
+    "svg.hashsalt": "mpvg",  # the same numbers give the same file
     "svg.fonttype": "none",
     "font.size": 10,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=COLORS),
+    **{f"axes.spines.{side}": False for side in ("top", "right")},
+    "axes.prop_cycle": cycler(linestyle=("-", ":", "-.")) * cycler(color=COLORS),  # dashed: a control
+    "text.parse_math": False,  # names of runs may contain dollar signs
 }
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
@@ -62,8 +66,13 @@ def lines(
     first: int = 0,
     ticks: Mapping[int, str] | None = None,
     controls: Mapping[str, str] | None = None,
+    percent: bool = False,
+    span: float | None = None,
+    include: Sequence[float] = (),
 ) -> Figure:
     """Draws the mean of each line over its repetitions, and their range as a band.
+
+    The legend has as many columns as fit into the figure, and long names are broken into several lines.
 
     Args:
         curves: the lines; all repetitions of one line have the same length.
@@ -73,19 +82,24 @@ def lines(
         first: position of the first value on the horizontal axis.
         ticks: position on the horizontal axis -> its label; None: the positions are numbers.
         controls: control line -> the line that it belongs to, which comes before it in `curves`; the control is dashed
-            and has the color of that line.
+            and has the same color.
+        percent: whether the values are in [0, 1] and shown as percentages.
+        span: see `value_range`; None with `percent`: 5 %.
+        include: see `value_range`.
     """
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    colors: dict[str, Any] = {}
+    styles: dict[str, Any] = {}
     for name, repetitions in curves.items():
         columns = list(zip(*repetitions, strict=True))
         positions = range(first, first + len(columns))
         means = [sum(c) / len(c) for c in columns]
         controlled = (controls or {}).get(name)
-        style: dict[str, Any] = {"linestyle": "--", "color": colors[controlled]} if controlled else {}
-        (line,) = axes.plot(positions, means, label=name, marker="o" if ticks else None, **style)
-        colors[name] = line.get_color()
+        style: dict[str, Any] = {"marker": MARKERS[len(styles) % len(MARKERS)] if ticks or len(columns) == 1 else None}
+        if controlled:
+            style = {**styles[controlled], "linestyle": "--"}
+        (line,) = axes.plot(positions, means, label=name, **style)
+        styles[name] = style | {"color": line.get_color()}
         axes.fill_between(
             positions, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
         )
@@ -93,11 +107,92 @@ def lines(
         axes.set_xticks(list(ticks), list(ticks.values()))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title)
+    _set_range(axes, [curves], percent, span, include)
+    axes.set_title(_wrapped(title, figure.get_figwidth() - 1, float(axes.title.get_fontsize())))
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.set_ylabel(_wrapped(y, 2.8, float(axes.yaxis.label.get_fontsize())))
+    _add_legend(figure)
     return figure
+
+
+def value_range(
+    values: Iterable[float], span: float | None = None, include: Sequence[float] = ()
+) -> tuple[float, float]:
+    """The range of an axis for some values, with a margin; so wide that small differences do not fill the axis.
+
+    Args:
+        values: what is shown; NaN and infinite values are ignored.
+        span: least width of the range; None: a tenth of the largest absolute value.
+        include: values that must be in the range, such as 0.
+    """
+    known = [value for value in (*values, *include) if math.isfinite(value)] or [0.0]
+    low, high = min(known), max(known)
+    least = span or 0.1 * max(abs(low), abs(high)) or 1.0
+    missing = max(0.0, least - (high - low)) / 2
+    margin = 0.05 * max(least, high - low)
+    return low - missing - margin, high + missing + margin
+
+
+def color_map(steps: int) -> list[list[int]]:
+    """The color map of norms: colors from the smallest to the largest value, each as red, green and blue, 0 to 255."""
+    colors: list[list[int]] = (matplotlib.colormaps[UNSIGNED](np.linspace(0, 1, steps), bytes=True)[:, :3]).tolist()
+    return colors
+
+
+def _set_range(axes: Any, shown: Iterable[Curves], percent: bool, span: float | None, include: Sequence[float]) -> None:
+    values = (v for curves in shown for repetitions in curves.values() for series in repetitions for v in series)
+    axes.set_ylim(*value_range(values, span or (0.05 if percent else None), include))
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
+def _add_legend(figure: Figure) -> None:
+    """Adds the legend of all lines of a figure below it, as wide as fits; makes room for it and for long titles."""
+    lines: dict[str, Any] = {}
+    for line in (line for axes in figure.axes for line in axes.lines):
+        lines.setdefault(str(line.get_label()), line)
+    width = figure.get_figwidth() - 0.2
+    names = [_wrapped(name, width - 0.6, 10) for name in lines]
+    for columns in range(min(4, len(lines)), 0, -1):
+        legend = figure.legend(
+            list(lines.values()),
+            [str(number) for number in range(len(lines))],  # names that begin with "_" would be left out
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=10,
+        )
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(name)
+        extent = legend.get_window_extent()
+        if extent.width / figure.dpi <= width or columns == 1:
+            break
+        legend.remove()
+    title_lines = max(axes.get_title().count("\n") for axes in figure.axes)
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi + 0.2 * title_lines)
+
+
+def _wrapped(text: str, width: float, size: float) -> str:
+    """Breaks a text into lines of at most a width in inches, at a font size in points."""
+    fitting, font = [""], FontProperties(size=size)
+    for word in re.findall(r"\n|[^\S\n]+|[^\s/_,-]+[/_,-]*|[/_,-]+", text):
+        if word == "\n":
+            fitting.append("")
+        elif _text_width(fitting[-1] + word.rstrip(), font) <= width:
+            fitting[-1] += word
+        else:
+            fitting.append("")
+            for letter in word.lstrip():
+                if _text_width(fitting[-1] + letter, font) > width:
+                    fitting.append("")
+                fitting[-1] += letter
+    return "\n".join(line.rstrip() for line in fitting if line.strip())
+
+
+def _text_width(text: str, font: FontProperties) -> float:
+    """The width of a line of text in inches."""
+    width: float = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] if text else 0.0
+    return width / 72
 
 
 class Panel(NamedTuple):
@@ -132,7 +227,7 @@ def heatmaps(panels: Sequence[Panel], title: str) -> Figure:
         axis.set_title(f"{panel.name}\nr {panel.r:+.2f}", fontsize=9)
     for axis, panel in zip(axes[1], panels, strict=True):
         axis.set_xlabel("channels" if panel.delivered else "channels\n(raw PE)", fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(_wrapped(title, figure.get_figwidth() - 0.4, 12), fontsize=12)
     return figure
 
 
@@ -162,32 +257,48 @@ def norm_maps(rows: Sequence[tuple[str, ArrayLike, Mapping[str, NDArray[Any]]]],
             axis.set_title(kind if number == 0 else "", fontsize=9)
             if number == len(rows) - 1:
                 figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.06)
-    figure.suptitle(title)
+    figure.suptitle(_wrapped(title, figure.get_figwidth() - 0.4, 12), fontsize=12)
     return figure
 
 
 @_with_settings
-def side_by_side(panels: Mapping[str, Curves], x: str, y: str, *, ticks: Mapping[int, str] | None = None) -> Figure:
+def side_by_side(
+    panels: Mapping[str, Curves],
+    x: str,
+    y: str,
+    *,
+    ticks: Mapping[int, str] | None = None,
+    span: float | None = None,
+    include: Sequence[float] = (),
+) -> Figure:
     """Draws several sets of lines side by side, with a common vertical axis; each line is a mean over its repetitions.
 
     Args:
-        panels: title -> lines.
+        panels: title -> lines; lines of the same name have the same color in all panels.
         x: label of the horizontal axes.
         y: label of the vertical axis.
         ticks: position on the horizontal axes -> its label; None: the positions are numbers.
+        span: see `value_range`.
+        include: see `value_range`.
     """
-    figure = Figure(figsize=(max(6.4, 3.6 * len(panels)), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 3.6 * len(panels)), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for name, repetitions in curves.items():
             means = np.mean(np.asarray(repetitions, dtype=float), axis=0)
-            axis.plot(means, label=name, marker="o" if ticks else None, linewidth=1)
+            number = names.index(name)
+            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)] if ticks else None}
+            axis.plot(means, label=name, linewidth=1, linestyle="-", **style)
+        title = _wrapped(title, (figure.get_figwidth() - 1) / len(panels), float(axis.title.get_fontsize()))
         axis.set(title=title, xlabel=x)
         if ticks:
             axis.set_xticks(list(ticks), list(ticks.values()))
-    axes[0, 0].set_ylabel(y)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _set_range(axes[0, 0], panels.values(), False, span, include)
+    axes[0, 0].set_ylabel(_wrapped(y, 2.2, float(axes[0, 0].yaxis.label.get_fontsize())))
+    _add_legend(figure)
     return figure
 
 
@@ -231,4 +342,7 @@ def save(figure: Figure, *paths: Path) -> None:
     """Writes a figure to files, whose suffixes determine the format; the same numbers always give the same bytes."""
     for path in paths:
         date_field = {".svg": "Date", ".pdf": "CreationDate"}.get(path.suffix)
-        figure.savefig(path, dpi=150, metadata={date_field: None} if date_field else None)
+        content = io.BytesIO()
+        kind = path.suffix.removeprefix(".") or None
+        figure.savefig(content, format=kind, dpi=150, metadata={date_field: None} if date_field else None)
+        atomic_write(path, content.getvalue())

@@ -147,6 +147,23 @@ def mean_and_interval(values: list[float]) -> tuple[float, Interval | None]:
     return mean, Interval(mean - half, mean + half)
 
 
+def difference_and_interval(values: list[float], others: list[float]) -> tuple[float, Interval | None]:
+    """Difference of the means of two samples with Welch's t interval; None instead of it if one has a single value."""
+    from scipy.stats import t
+
+    samples = [torch.tensor(sample, dtype=torch.float64) for sample in (values, others)]
+    difference = float(samples[0].mean() - samples[1].mean())
+    if min(len(values), len(others)) < 2:
+        return difference, None
+    squares = [float(sample.var()) / len(sample) for sample in samples]  # squared standard errors
+    if sum(squares) == 0:
+        return difference, Interval(difference, difference)
+    shares = [square / sum(squares) for square in squares]
+    degrees = 1 / sum(share**2 / (len(sample) - 1) for share, sample in zip(shares, samples, strict=True))
+    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * math.sqrt(sum(squares))
+    return difference, Interval(difference - half, difference + half)
+
+
 class MeanCorrelation:
     """Correlation of a weighted mean of token maps with a position embedding (PE), for many sets of weights.
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import load_file
 
 from mpvg import figures, runs
 from mpvg.analysis import drawing, report
-from mpvg.analysis.findings import AnalyzedRun, Estimate, Findings
+from mpvg.analysis.findings import AnalyzedRun, Scores
 from mpvg.analysis.report import Options
-from mpvg.analysis.sentences import make_sentences
 from mpvg.cli.main import main
 from mpvg.runs.checkpoints import Checkpoint, save_checkpoint
 from mpvg.runs.metrics import read_metrics
 from mpvg.seeding import seed_everything
-from mpvg.statistics import Interval
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,10 @@ def test_the_same_command_writes_the_same_numbers(
 ) -> None:
     """Two figures are drawn again; tests/test_figures.py draws all kinds twice."""
     save = figures.save
+    texts: list[str] = []
 
     def save_two(figure: Figure, *paths: Path) -> None:
+        texts.extend(text.get_text() for text in figure.findobj(Text))
         if paths[0].stem in ("fig4", "fig7"):
             save(figure, *paths)
             return
@@ -92,6 +94,25 @@ def test_the_same_command_writes_the_same_numbers(
     for name in ("layers.csv", "figures/fig4.pdf", "figures/fig7.png", "report.html"):
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
     assert results(tmp_path)["runs"] == results(written)["runs"]
+    # A figure can go into any paper: it does not name the figures of this one; the captions on the page do.
+    assert "Norms of the tokens" in texts
+    assert [text for text in texts if re.search(r"\bFigs?\b", text)] == []
+
+
+def test_the_first_table_has_what_the_run_recorded_on_all_images(trained: Path, tmp_path: Path) -> None:
+    """Only of the checkpoint that is analyzed; weights without a record, and other data, are scored on the images."""
+    run, options = runs.load(trained / "mpvg-0"), Options(images=40)
+    (line,) = run.metrics()
+    assert report.analyze_run(run, options).recorded == Scores(line["accuracy"], line["nll"], 360)
+    everything = report.analyze_run(run, Options(data="digits"))
+    assert everything.recorded is None
+    assert everything.measured.images == 360
+    assert everything.measured.accuracy == line["accuracy"]
+    assert everything.measured.nll == pytest.approx(line["nll"], abs=1e-5)
+    copied = tmp_path / "mpvg-0"
+    shutil.copytree(trained / "mpvg-0", copied, symlinks=True)
+    (copied / "metrics.jsonl").write_text(json.dumps(line | {"step": line["step"] + 1}) + "\n")
+    assert report._recorded(runs.load(copied), options) is None
 
 
 def test_the_control_is_the_network_that_the_training_began_with(trained: Path) -> None:
@@ -198,67 +219,7 @@ def test_names_in_a_page_are_text(of_30_images: Path) -> None:
     assert "</script><b>" not in page
 
 
-# ---- sentences
-
-
-def analyzed(slope: float, before: float, r: float = -0.2) -> AnalyzedRun:
-    """A run of which only what the sentences read is made."""
-
-    def findings(value: float, r: float) -> Findings:
-        made: Any = object.__new__(Findings)
-        made.__dict__.update(
-            images=100,
-            accuracy=0.5,
-            slope=Estimate(value, Interval(value - 0.01, value + 0.01)),
-            slope_layers=[1, 2, 3],
-        )
-        made.__dict__.update(places=[_place(str(layer), r) for layer in range(4)], missing=[])
-        made.__dict__.update(last=_last())
-        return made
-
-    one: Any = object.__new__(AnalyzedRun)
-    one.__dict__.update(trained=findings(slope, r), untrained=findings(before, 0.1), name="run")
-    return one
-
-
-def _place(name: str, r: float) -> Any:
-    from types import SimpleNamespace
-
-    return SimpleNamespace(name=name, delivered=name != "0", r=Estimate(r, Interval(r - 0.05, r + 0.05)))
-
-
-def _last() -> Any:
-    from types import SimpleNamespace
-
-    return SimpleNamespace(beta_variance=0.02, beta_variance_effective=0.03, shift=[0.0])
-
-
-@pytest.mark.parametrize(
-    ("slopes", "verdict"),
-    [
-        ([-0.05, -0.051, -0.052], "training makes the correlation fall with depth"),
-        ([0.05, 0.051, 0.052], "rise with depth, against the paper's claim"),
-        ([-0.05, 0.02, 0.03], "no effect shown, because the interval includes 0"),
-        ([-0.05], "nothing is concluded from it"),
-    ],
-)
-def test_the_verdict_follows_the_numbers(slopes: list[float], verdict: str) -> None:
-    sentences = make_sentences([analyzed(slope, 0.0) for slope in slopes])
-    assert verdict in sentences[1]
-    others = {"fall with depth", "rise with depth", "no effect", "nothing is concluded"}
-    assert sum(other in sentences[1] for other in others) == 1
-
-
-def test_an_effect_that_was_there_before_training_is_none() -> None:
-    sentences = make_sentences([analyzed(slope, slope + wobble) for slope, wobble in ((-0.05, 0.001), (-0.06, -0.001))])
-    assert "no effect" in sentences[1]
-
-
-def test_opposed_layers_are_counted_by_their_intervals() -> None:
-    sentences = make_sentences([analyzed(-0.05, 0.0, r) for r in (-0.2, -0.21, -0.19)])
-    assert "in 4 of 4 layers; training lowers r in 4 layers and raises it in 0" in sentences[2]
-    sentences = make_sentences([analyzed(-0.05, 0.0, r) for r in (-0.2, 0.21, 0.01)])
-    assert "in 0 of 4 layers; training lowers r in 0 layers and raises it in 0" in sentences[2]
+# ---- groups
 
 
 def test_groups_have_the_shortest_names_that_tell_them_apart(trained: Path) -> None:

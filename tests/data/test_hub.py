@@ -1,5 +1,9 @@
 """Hugging Face data sets: the same bits as the folder of the same images, each row once, and what is refused."""
 
+import io
+import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +19,7 @@ from torch import Tensor
 from mpvg.config import RunConfig
 from mpvg.data import Data, Shard, make_preprocess, open_data, open_listing, read_image
 from mpvg.data.images import ImageFiles, read_pixels
+from mpvg.data.inventory import first_difference
 
 MakeConfig = Callable[..., RunConfig]
 Opener = Callable[..., Data]
@@ -267,3 +272,94 @@ def test_without_datasets(monkeypatch: pytest.MonkeyPatch, make_config: MakeConf
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"data 'hfds/mnist' needs datasets .*pip install 'mpvg\[data\]'"):
         open_data(make_config("hfds/mnist"), Shard(CPU))
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder"])
+def test_a_share_of_train_is_held_out_where_there_is_no_other_split(
+    form: str, rows: dict[str, dict[str, list[Any]]], tmp_path: Path, image_folder: Path, make_config: MakeConfig
+) -> None:
+    del rows["validation"]
+    shutil.rmtree(image_folder / "val")
+    config = make_config(f"hfds/{write(tmp_path / 'set', rows) if form == 'parquet' else image_folder}")
+    with pytest.raises(ValueError, match=r"has the splits train; .*--val_share 0\.1 holds out a share of train"):
+        open_listing(config)
+    config = replace(config, val_share=0.3)
+    listing = open_listing(config)
+    assert listing.train
+    assert listing.val
+    both = [(source.read(i), source.name(i)) for source in (listing.train, listing.val) for i in range(len(source))]
+    assert sorted(name for _, name in both) == sorted(f"in row {row} of train of {config.data}" for row in range(24))
+    for sample, name in both:
+        row = int(name.split()[2])
+        assert sample.target == rows["train"]["label"][row]
+        expected = read_image(io.BytesIO(rows["train"]["image"][row]["bytes"]))
+        assert sample.image.tobytes() == expected.tobytes()
+    assert {0, 1, 2} == {int(listing.val.read(i).target) for i in range(len(listing.val))}
+    alone = open_listing(config, ("val",), listing.class_names)
+    assert alone.inventories["val"] == listing.inventories["val"]
+
+
+def test_a_share_beside_a_validation_split_is_refused(
+    rows: dict[str, dict[str, list[Any]]], tmp_path: Path, make_config: MakeConfig
+) -> None:
+    config = replace(make_config(f"hfds/{write(tmp_path / 'set', rows)}"), val_share=0.3)
+    with pytest.raises(ValueError, match=r"val_share is 0\.3, but data 'hfds/.*' have a validation split of their own"):
+        open_listing(config)
+
+
+@pytest.mark.parametrize("names", [["a"], None])
+def test_a_single_class_is_refused(
+    names: list[str] | None, rows: dict[str, dict[str, list[Any]]], open_rows: Opener
+) -> None:
+    for columns in rows.values():
+        columns["label"] = [0] * len(columns["label"])
+    feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    with pytest.raises(ValueError, match=r"data 'hfds/.*' has one class only, '[a0]', and a classifier needs two; "):
+        open_rows(label=feature)
+
+
+def test_two_spellings_of_one_class_are_told_apart(rows: dict[str, dict[str, list[Any]]], open_rows: Opener) -> None:
+    with pytest.raises(ValueError, match=r"spelled differently in Unicode: 'caf\\xe9' .*'cafe\\u0301'"):
+        open_rows(label=datasets.ClassLabel(names=["café", "tea", "cafe\u0301"]))
+
+
+@pytest.mark.parametrize("name", ["data/train-00000-of-00001.parquet", "more.csv"])
+def test_a_pipe_instead_of_a_table_is_refused(
+    name: str, tmp_path: Path, rows: dict[str, dict[str, list[Any]]], open_rows: Opener
+) -> None:
+    root = write(tmp_path / "set", rows)
+    (root / name).unlink(missing_ok=True)
+    os.mkfifo(root / name)
+    with pytest.raises(ValueError, match=rf"{root / name} is a pipe \(FIFO\), not a regular file"):
+        open_rows(root)
+
+
+def test_a_row_that_leads_to_a_pipe_or_a_device_cannot_be_read(image_folder: Path, open_rows: Opener) -> None:
+    data = open_rows(image_folder)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (image_folder / "val/a/0.png").unlink()
+        make(image_folder / "val/a/0.png")
+        with pytest.raises(ValueError, match=r"^image in row 0 of validation of .*: .*0\.png is a .*, not a regular"):
+            read(data)
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder"])
+def test_changed_rows_have_another_hash(
+    form: str, rows: dict[str, dict[str, list[Any]]], tmp_path: Path, image_folder: Path, make_config: MakeConfig
+) -> None:
+    root = image_folder if form == "folder" else write(tmp_path / "set", rows)
+    before = open_listing(make_config(f"hfds/{root}")).inventories
+    again = open_listing(make_config(f"hfds/{root}", root=tmp_path / "other cache")).inventories
+    assert before == again
+    if form == "folder":
+        file = image_folder / "val/b/1.JPG"
+        file.write_bytes(file.read_bytes() + b"\0")
+    else:
+        shutil.rmtree(root)
+        rows["validation"]["image"][5]["bytes"] += b"\0"
+        write(root, rows)
+    after = open_listing(make_config(f"hfds/{root}", root=tmp_path / "a third")).inventories
+    assert after["train"] == before["train"]
+    name = "1/val/b/1.JPG" if form == "folder" else "1/row 5"
+    said = first_difference(before["val"].packed, after["val"])
+    assert re.fullmatch(rf"{name} has \d+ bytes and had \d+", said)

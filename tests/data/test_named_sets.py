@@ -319,7 +319,7 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
     [
         ([1, 2], "must hold a dict, not a list"),
         ({"labels": [0]}, "must hold 'data', a uint8 array"),
-        ({"data": np.zeros((1, 3072), np.float32), "labels": [0]}, "must hold 'data', a uint8 array"),
+        ({"data": np.zeros((1, 3072), np.float32), "labels": [0]}, "it asks for a data type other than uint8"),
         ({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}, "must hold 'data', a uint8 array"),
         ({"data": np.zeros(3072, np.uint8), "labels": [0]}, "must hold 'data', a uint8 array"),
         ({"data": np.zeros((1, 3072), np.uint8), "labels": ["0"]}, "must hold 'labels', a list of 0 to 9"),

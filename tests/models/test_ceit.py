@@ -522,8 +522,10 @@ def test_the_head_can_be_replaced() -> None:
     assert_close(model.double()(batch), vector @ model.head.weight.T + model.head.bias)
     model.reset_classifier(0)
     assert_close(model(batch), vector)
-    with pytest.raises(ValueError, match=r"global_pool is ''; allowed: None, 'avg', as the method says"):
-        model.reset_classifier(0, "")
+    with pytest.raises(ValueError, match=r"global_pool is 'max'; allowed: None, 'avg', as the method says"):
+        model.reset_classifier(0, "max")
+    model.reset_classifier(0, "")
+    assert_close(model(batch), vector)
     model, _ = network("mpvg", read_from="tokens")
     model.reset_classifier(0, "")
     assert model(batch).shape == (2, 6, DIM)
@@ -632,12 +634,13 @@ def test_files_of_the_original_repository_start_networks(tmp_path: Path) -> None
     """In float64 as the file has it: the published read-out as it is; without class token what was of it is dropped."""
     path, batch, weights = tmp_path / "ceit.pth", images(), random_weights(METHODS["default"])
     torch.save({"model": weights, "epoch": 300}, path)
-    arguments: dict[str, Any] = {"num_classes": CLASSES, "checkpoint_path": path, "dtype": torch.float64, **SIZES}
+    named = f"{path}::grid=2x3"
+    arguments: dict[str, Any] = {"num_classes": CLASSES, "checkpoint_path": named, "dtype": torch.float64, **SIZES}
     assert_close(create_model(NAME, "default", **arguments).eval()(batch), reference(weights, "default", batch))
 
     model = create_model(NAME, "gap", **arguments).eval()
     rest = {name: value for name, value in weights.items() if name != "cls_token"}
     rest["pos_embed"] = weights["pos_embed"][:, 1:]
     assert_close(model(batch), reference(rest, "gap", batch))
-    report = load_checkpoint(model, path)
+    report = load_checkpoint(model, named)
     assert (report.source, set(report.dropped)) == ("coeusguo/ceit", {"cls_token", "pos_embed[:, :1]"})

@@ -361,11 +361,6 @@ def with_another_grid(state: dict[str, Tensor]) -> None:
     state["pos_embed"] = torch.zeros(1, 15, 64)
 
 
-def with_a_distillation_token(state: dict[str, Tensor]) -> None:
-    state["dist_token"] = torch.zeros(1, 1, 64)
-    state["head_dist.weight"] = torch.zeros(3, 64)
-
-
 def with_a_layer_more(state: dict[str, Tensor]) -> None:
     state |= {key.replace("blocks.1", "blocks.2"): value for key, value in state.items() if "blocks.1" in key}
 
@@ -385,7 +380,6 @@ def without_a_weight(state: dict[str, Tensor]) -> None:
             with_another_grid,
             r"pos_embed has 15 rows, which is not a square grid plus 0 leading tokens, so it cannot be",
         ),
-        (with_a_distillation_token, r"dist_token has no place in the model; head_dist\.weight has no place"),
         (with_a_layer_more, r"blocks\.2\.norm1\.weight has no place in the model; .*and 8 more"),
         (with_another_patch, r"patch_embed\.proj\.weight is \(64, 3, 4, 4\), the model's is \(64, 3, 2, 2\)"),
         (without_a_weight, r"does not fit: blocks\.1\.mlp\.fc1\.weight is missing\. Use a checkpoint of this arch"),

@@ -262,7 +262,8 @@ def test_the_feature_maps_of_a_converted_network_by_public_calls(kind: str, tmp_
     name, sizes = f"timm/{NAMES[kind]}", {"depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
     source = convert(theirs(kind), "mpvg")
     torch.save(source.state_dict(), tmp_path / "own.pth")
-    arguments: dict[str, Any] = {"img_size": source.patch_embed.img_size, "checkpoint_path": tmp_path / "own.pth"}
+    checkpoint = f"{tmp_path / 'own.pth'}::grid=2x3"
+    arguments: dict[str, Any] = {"img_size": source.patch_embed.img_size, "checkpoint_path": checkpoint}
     with pytest.raises(ValueError, match=re.escape("call model.forward_intermediates(images, indices, intermediates")):
         create_model(name, "mpvg", features_only=True, **arguments, **sizes)
     model, batch = create_model(name, "mpvg", **arguments, **sizes).double().eval(), images_for(source)
@@ -289,7 +290,9 @@ def test_a_timm_network_by_name(tmp_path: Path) -> None:
     name, model = f"timm/{NAMES['deit']}", theirs("deit")
     batch = images_for(model)
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
-    by_name = create_model(name, "mpvg", start="preserve", checkpoint_path=tmp_path / "timm.safetensors", **sizes)
+    by_name = create_model(
+        name, "mpvg", start="preserve", checkpoint_path=f"{tmp_path}/timm.safetensors::grid=2x3", **sizes
+    )
     assert_close(by_name.double().eval()(batch), model(batch), 1e-5)
 
     converted = convert(model, "mpvg", readout="method", start="fresh")
@@ -297,12 +300,12 @@ def test_a_timm_network_by_name(tmp_path: Path) -> None:
         for parameter in converted.delivery.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     torch.save({"state_dict": converted.state_dict()}, tmp_path / "own.pth")
-    again = create_model(name, "mpvg", readout="method", checkpoint_path=tmp_path / "own.pth", **sizes)
+    again = create_model(name, "mpvg", readout="method", checkpoint_path=f"{tmp_path}/own.pth::grid=2x3", **sizes)
     assert_close(again.double().eval()(batch), converted(batch), 1e-5)
     # a GAP run of it, which has no name that timm's network lacks
     gap = convert(model, "gap", readout="method")
     torch.save(gap.state_dict(), tmp_path / "gap.pth")
-    again = create_model(name, "gap", readout="method", checkpoint_path=tmp_path / "gap.pth", **sizes)
+    again = create_model(name, "gap", readout="method", checkpoint_path=f"{tmp_path}/gap.pth::grid=2x3", **sizes)
     assert_close(again.double().eval()(batch), gap(batch), 1e-5)
 
 

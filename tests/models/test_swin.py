@@ -717,7 +717,7 @@ def test_every_layer_is_a_block_that_takes_a_pe() -> None:
         (lambda: create_model(NAME, "pvg_token"), r"Swin cannot read out by 'token': it has avg; use .* pool='avg'"),
         (lambda: create_model(TINY, "mpvg_last5", device="meta"), r"pos_5 is not as wide as the Last LN; use 0"),
         (lambda: create_model(NAME, "mpvg_last5"), r"last_index 5 asks for pos_5, but Swin has 4 layers"),
-        (lambda: create_model(NAME, global_pool="avg"), r"global_pool='avg': the method decides it.*leave it out"),
+        (lambda: create_model(NAME, global_pool="max"), r"global_pool='max': the method decides it.*leave it out"),
         (lambda: create_model(NAME, img_size=29), r"image size 29 is not divisible by .* 2; .*: 28, 30"),
         (lambda: create_model(NAME, img_size=(28, 31)), r"image size 31 is not divisible"),
         (lambda: create_model(NAME).set_input_size((28, 31)), r"image size 31 is not divisible .*: 30, 32"),

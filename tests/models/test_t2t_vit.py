@@ -13,6 +13,7 @@ from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models import create_model, load_checkpoint
 from mpvg.models.checkpoints import translate
 from mpvg.models.fold import fold
+from mpvg.models.network import count_parameters
 from mpvg.models.t2t_vit import T2TViT, TokenPerformer, TokensToToken
 from reference import (
     assert_close,
@@ -192,7 +193,7 @@ def test_parameters_are_as_many_as_in_the_paper(classes: int, method: str, count
     """Tables 1 and 2, which count the frozen ones, too."""
     with torch.device("meta"):
         model = create_model(NAME, method, num_classes=classes)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert count_parameters(model) == count
 
 
 @pytest.mark.parametrize(
@@ -252,15 +253,16 @@ def test_the_position_embedding_is_a_sinusoid_with_the_same_rows_for_patches(dim
 
 
 @pytest.mark.parametrize("method", [METHODS["default"], METHODS["mpvg"]], ids=["default", "mpvg"])
-def test_the_sinusoid_and_the_features_are_frozen_parameters(method: DeliverySpec) -> None:
+def test_the_sinusoid_and_the_features_are_constants(method: DeliverySpec) -> None:
     """They are saved and loaded, and no optimizer gets them; all else learns."""
     model = create_model(NAME, method, **SIZES)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, _ in model.named_buffers()}
     assert frozen == {"pos_embed", "patch_embed.attention1.w", "patch_embed.attention2.w"}
     assert frozen <= model.state_dict().keys()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.03)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # ---- values
@@ -436,7 +438,8 @@ def test_files_of_the_original_repository_start_networks(tmp_path: Path) -> None
     torch.save(
         {"state_dict": other, "state_dict_ema": {f"module.{name}": value for name, value in weights.items()}}, path
     )
-    arguments: dict[str, Any] = {"checkpoint_path": path, "dtype": torch.float64, **SIZES}
+    named = f"{path}::grid=2x3"
+    arguments: dict[str, Any] = {"checkpoint_path": named, "dtype": torch.float64, **SIZES}
     model = create_model(NAME, "default", **arguments).eval()
     assert_close(model(batch), torch.stack([ref_t2t_vit(weights, METHODS["default"], i)["logits"] for i in batch]))
 
@@ -444,5 +447,5 @@ def test_files_of_the_original_repository_start_networks(tmp_path: Path) -> None
     token, rows = "cls_token", "pos_embed"
     rest = {name: value[:, 1:] if name == rows else value for name, value in weights.items() if name != token}
     assert_close(model(batch), torch.stack([ref_t2t_vit(rest, METHODS["gap"], i)["logits"] for i in batch]))
-    report = load_checkpoint(model, path)
+    report = load_checkpoint(model, named)
     assert (report.source, set(report.dropped)) == ("yitu-opensource/T2T-ViT", {"cls_token", "pos_embed[:, :1]"})

@@ -272,7 +272,7 @@ def test_files_of_the_original_repository_start_networks(tmp_path: Path) -> None
     """It saves the weights by themselves. Without class token what was of it is dropped."""
     path, batch, weights = tmp_path / "official.pth", images(), official_weights(METHODS["default"])
     torch.save(weights, path)
-    arguments: dict[str, Any] = {"checkpoint_path": path, "dtype": torch.float64, **SIZES}
+    arguments: dict[str, Any] = {"checkpoint_path": f"{path}::grid=2x3", "dtype": torch.float64, **SIZES}
     model = create_model(NAME, "default", **arguments).eval()
     assert_close(model(batch), torch.stack([ref_vit_lite(weights, METHODS["default"], i)["logits"] for i in batch]))
 
@@ -280,5 +280,5 @@ def test_files_of_the_original_repository_start_networks(tmp_path: Path) -> None
     token, rows = "classifier.class_emb", "classifier.positional_emb"
     rest = {name: value[:, 1:] if name == rows else value for name, value in weights.items() if name != token}
     assert_close(model(batch), torch.stack([ref_vit_lite(rest, METHODS["gap"], i)["logits"] for i in batch]))
-    report = load_checkpoint(model, path)
+    report = load_checkpoint(model, f"{path}::grid=2x3")
     assert (report.source, set(report.dropped)) == ("SHI-Labs/Compact-Transformers", {"cls_token", "pos_embed[:, :1]"})

@@ -164,7 +164,8 @@ def read_record(path: str | Path, *, files: bool = True) -> dict[str, Any]:
     summary = json.loads((path / "summary.json").read_text())
     found["summary"] = {k: v for k, v in summary.items() if k not in (*TIMINGS, "date", "commit")}
     if files:
-        found["files"] = sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+        names = (str(file.relative_to(path)) for file in path.rglob("*"))
+        found["files"] = sorted(name for name in names if name != ".lock")  # a process that is killed leaves it
     return found
 
 
@@ -266,7 +267,7 @@ def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     `at_rename` is a pair: once a file is renamed to the first, no file may grow beyond the second, in bytes.
     """
     context = multiprocessing.get_context("forkserver")
-    modules = ["pytest", "mpvg.cli.main", "mpvg.cli.train", "mpvg.training", "jsonargparse", "torch.utils.data"]
+    modules = ["pytest", "mpvg.cli.main", "mpvg.cli.train", "mpvg.training", "torch.utils.data"]
     context.set_forkserver_preload(modules)
     children: list[Child] = []
 

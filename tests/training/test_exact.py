@@ -177,7 +177,7 @@ def test_a_run_that_dies_at_any_file_operation_is_continued_to_the_same_bits(
         "os.remove",
         "os.rmdir",
     }
-    ends = [number for number, operation in enumerate(operations) if operation.endswith("/.last.writing")]
+    ends = [number for number, operation in enumerate(operations) if "/.last." in operation]
     ends = [number for number in ends if operations[number].startswith("os.rename")]
     assert len(ends) == 3
     for number, operation in enumerate(operations):
@@ -213,6 +213,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "missing file": lambda folder: (folder / "model.safetensors").unlink(),
     "bad JSON": lambda folder: (folder / "state.json").write_bytes(b"\0" * 100),
     "bad hashes": lambda folder: (folder / "checksums.json").write_text("{"),
+    "no hashes": lambda folder: (folder / "checksums.json").unlink(),
     "missing": shutil.rmtree,
 }
 
@@ -295,18 +296,6 @@ def test_there_is_a_best_one_where_the_best_was_damaged_and_is_not_reached_again
         Path(config.out) / "checkpoints/best"
     ).readlink().name == "step-00000004"  # 0.3 this time, and 0.5 is no longer kept
     runs.load(config.out).model("best")
-
-
-def test_an_old_run_falls_back_too(
-    record: Record, copy_of_stopped: Callable[[int], Path], whole: dict[str, Any]
-) -> None:
-    """Without hashes, what cannot be read is still seen."""
-    path = copy_of_stopped(5)
-    for file in path.glob("checkpoints/step-*/checksums.json"):
-        file.unlink()
-    os.truncate(path / "checkpoints/last/model.safetensors", 50_000)
-    resume(path, quiet=True)
-    assert_same(record(path, files=False), {name: whole[name] for name in whole if name != "files"})
 
 
 def test_a_complete_run_with_a_damaged_end_can_be_trained_to_it_again(
@@ -476,10 +465,10 @@ def test_a_resumed_run_counts_unreadable_images_as_one_that_was_not_stopped(
         augment=AugmentConfig(),
         loader=LoaderConfig(workers=0, skip_corrupt=True),
     )
-    assert train(replace(config, out=str(tmp_path / "whole")), quiet=True)["skipped"] == 4  # 2 images, 2 epochs
+    assert train(replace(config, out=str(tmp_path / "whole")), quiet=True)["skipped"] == 2  # images, not readings
     for stop in (4, 7):
         train_until(replace(config, out=str(tmp_path / "stopped")), stop)
-    assert resume(tmp_path / "stopped", quiet=True)["skipped"] == 4
+    assert resume(tmp_path / "stopped", quiet=True)["skipped"] == 2
     assert_same(record(tmp_path / "stopped"), record(tmp_path / "whole"))
 
 
@@ -593,8 +582,8 @@ def test_a_run_does_not_inherit_the_precision_of_an_earlier_one(
 
 def test_bf16_is_refused_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "flags\t\t: fpu avx2 avx512f"
-    monkeypatch.setattr(Path, "read_text", lambda self: flags)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: flags)
     assert "neither avx512_bf16 nor amx_bf16" in (bf16_refusal(torch.device("cpu")) or "")
     for flag in ("avx512_bf16", "amx_bf16"):
-        monkeypatch.setattr(Path, "read_text", lambda self, flag=flag: f"{flags} {flag}")
+        monkeypatch.setattr(Path, "read_text", lambda self, flag=flag, **_: f"{flags} {flag}")
         assert bf16_refusal(torch.device("cpu")) is None

@@ -366,7 +366,7 @@ def test_a_run_that_cannot_even_be_begun_can_be_begun_later(
     out = tmp_path / "run"
     child = start_mpvg(*tiny_command, "--out", out, at_rename=(limited, 0))
     # The file of that name is written by then; it is the next one that cannot be.
-    following = {"data.json": out / "environment.json", "config.yaml": out / "metrics.jsonl"}[limited]
+    following = {"data.json": out / "listing-train.txt.gz", "config.yaml": out / "metrics.jsonl"}[limited]
     assert child.wait() == 2
     said = child.said()
     assert "Traceback" not in said

@@ -13,6 +13,8 @@ from mpvg.data import DataInfo
 
 IMAGES_IN_FIG7 = 3
 """Number of sample images in the file of Fig. 7; the page has all of them."""
+R_SPAN = 0.4
+"""Least height of an axis of correlations, so that differences of a few hundredths look small."""
 
 
 def draw(groups: RunsByConfig, folder: Path) -> dict[str, Path]:
@@ -20,9 +22,9 @@ def draw(groups: RunsByConfig, folder: Path) -> dict[str, Path]:
     from mpvg import figures
 
     drawn = {"fig4": _correlations(groups), "fig6": _last_norm(groups)}
-    for number, members in enumerate(groups.values()):
+    for number, (name, members) in enumerate(groups.items()):
         slug = re.sub(r"[^\w.-]+", "-", members[0].name)
-        drawn[f"fig2-{number}-{slug}"] = _heatmaps(members[0])
+        drawn[f"fig2-{number}-{slug}"] = _heatmaps(name, members[0])
     if rows := _token_cosines(groups):
         drawn["fig6-rows"] = rows
     if norms := _norms(groups):
@@ -59,7 +61,7 @@ def _correlations(groups: RunsByConfig) -> Any:
         f"{name}, untrained": [[p.r.value for p in m.untrained.places] for m in groups[name]] for name in groups
     }
     ticks = dict(enumerate(layer_names(groups)))
-    title = "Correlation of tokens and position embedding (Fig. 4)"
+    title = "Correlation of tokens and position embedding"
     return figures.lines(
         curves | controls,
         title,
@@ -67,10 +69,12 @@ def _correlations(groups: RunsByConfig) -> Any:
         "r(mean token, PE)",
         ticks=ticks,
         controls={f"{name}, untrained": name for name in groups},
+        span=R_SPAN,
+        include=(0,),
     )
 
 
-def _heatmaps(one: AnalyzedRun) -> Any:
+def _heatmaps(name: str, one: AnalyzedRun) -> Any:
     from mpvg import figures
 
     r = {layer.name: layer.r.value for layer in one.trained.places}
@@ -85,7 +89,7 @@ def _heatmaps(one: AnalyzedRun) -> Any:
         for stats in one.result.layers
         if stats.pe is not None
     ]
-    return figures.heatmaps(panels, f"Mean token after the LN, and the PE: {one.name} (Figs. 2, 8)")
+    return figures.heatmaps(panels, f"Mean token after the LN, and the PE: {name}, seed {one.run.config.seed}")
 
 
 def _last_norm(groups: RunsByConfig) -> Any:
@@ -105,7 +109,9 @@ def _token_cosines(groups: RunsByConfig) -> Any:
     rows = {name: [m.trained.last.rows for m in members] for name, members in groups.items()}
     known = {name: [row for row in repetitions if row is not None] for name, repetitions in rows.items()}
     panels = {name: {"tokens": repetitions} for name, repetitions in known.items() if repetitions}
-    return figures.side_by_side(panels, "token", "cosine before and after the Last LN") if panels else None
+    if not panels:
+        return None
+    return figures.side_by_side(panels, "token", "cosine before and after the Last LN", span=0.2, include=(1,))
 
 
 def _norms(groups: RunsByConfig) -> Any:
@@ -119,7 +125,7 @@ def _norms(groups: RunsByConfig) -> Any:
                 sample = one.result.samples[number]
                 maps = {"before the Last LN": norm_map(sample.before), "after it": norm_map(sample.after)}
                 rows.append((name, to_rgb(sample, one.run.info), maps))
-    return figures.norm_maps(rows, "Norms of the tokens (Fig. 7)") if rows else None
+    return figures.norm_maps(rows, "Norms of the tokens") if rows else None
 
 
 def _pe(groups: RunsByConfig) -> dict[str, Any]:
@@ -129,9 +135,17 @@ def _pe(groups: RunsByConfig) -> dict[str, Any]:
     rank = {n: [[p.pe_rank for p in m.trained.places] for m in members] for n, members in groups.items()}
     lowest = {n: [[p.pe_spectrum[0] for p in m.trained.places] for m in members] for n, members in groups.items()}
     return {
-        "pe-rank": figures.lines(rank, "Effective rank of the PE", "layer", "effective rank", ticks=ticks),
+        "pe-rank": figures.lines(
+            rank, "Effective rank of the PE", "layer", "effective rank", ticks=ticks, include=(0,)
+        ),
         "pe-frequency": figures.lines(
-            lowest, "Lowest frequency of the PE", "layer", "share of power at one cycle per image", ticks=ticks
+            lowest,
+            "Lowest frequency of the PE",
+            "layer",
+            "share of power at one cycle per image",
+            ticks=ticks,
+            percent=True,
+            include=(0,),
         ),
     }
 
@@ -152,12 +166,14 @@ def _sensitivity(groups: RunsByConfig) -> dict[str, Any]:
         if layers:
             changes = ("removed", "shuffled", "swapped")
             panels[name] = {
-                change: [[_or_nan(getattr(i, change)) - m.accuracy for i in m.importance] for m in members]
+                change: [[100 * (_or_nan(getattr(i, change)) - m.accuracy) for i in m.importance] for m in members]
                 for change in changes
             }
     if panels:
         ticks = dict(enumerate(longest))
-        drawn["importance"] = figures.side_by_side(panels, "layer", "change of accuracy", ticks=ticks)
+        drawn["importance"] = figures.side_by_side(
+            panels, "layer", "change of accuracy, percentage points", ticks=ticks, span=5, include=(0,)
+        )
     for key, title, x, y in (
         ("translation", "Predictions unchanged by a shift", "pixels", "share of images"),
         ("resolutions", "Other image sizes", "side of the image, pixels", "accuracy"),
@@ -165,7 +181,8 @@ def _sensitivity(groups: RunsByConfig) -> dict[str, Any]:
         values = {name: [getattr(m, key) for m in members] for name, members in measured.items()}
         steps = sorted(next(iter(values.values()))[0])
         curves = {n: [[_or_nan(one.get(step)) for step in steps] for one in several] for n, several in values.items()}
-        drawn[key] = figures.lines(curves, title, x, y, ticks={i: str(step) for i, step in enumerate(steps)})
+        ticks = {i: str(step) for i, step in enumerate(steps)}
+        drawn[key] = figures.lines(curves, title, x, y, ticks=ticks, percent=True)
     return drawn
 
 

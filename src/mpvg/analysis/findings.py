@@ -114,6 +114,18 @@ class Findings:
         return values
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How well a network classifies."""
+
+    accuracy: float
+    """In [0, 1]."""
+    nll: float
+    """Mean negative log-likelihood of the targets, in nats."""
+    images: int
+    """Number of images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzedRun:
     """A run and its findings."""
@@ -127,8 +139,15 @@ class AnalyzedRun:
     """Of the network at initialization, as a control."""
     result: ProbeResult
     """The sums from which `trained` was computed."""
+    recorded: Scores | None
+    """Of this checkpoint on all validation images, as recorded in training; None: there is no such record."""
     sensitivity: Sensitivity | None
     """None: not measured."""
+
+    @property
+    def measured(self) -> Scores:
+        """The scores on the analyzed images."""
+        return Scores(self.trained.accuracy, self.result.nll / self.result.images, self.result.images)
 
 
 RunsByConfig = Mapping[str, Sequence[AnalyzedRun]]

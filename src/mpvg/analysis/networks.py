@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpvg.delivery import METHODS, DeliverySpec, Method
 from mpvg.models import create_model
+from mpvg.models.network import count_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,11 @@ def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
         spec=model.spec,
         pool=model.global_pool,
         depth=len(model.blocks),
-        parameters=_count(model),
-        delivery_parameters=_count(model.delivery),
+        parameters=count_parameters(model),
+        delivery_parameters=count_parameters(model.delivery),
         flops=counter.get_total_flops(),
         image=image,
     )
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 _COUNTED = ("default", "lape", "pvg", "mpvg")
@@ -111,7 +107,7 @@ def parameter_table() -> list[Count]:
                 network=network,
                 num_classes=classes,
                 method=method,
-                parameters=_count(create_model(network, method, num_classes=classes)),
+                parameters=count_parameters(create_model(network, method, num_classes=classes)),
                 paper=paper,
                 reason=_CANNOT_MATCH.get((network, method), ""),
             )

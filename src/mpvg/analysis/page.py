@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpvg.analysis.drawing import norm_map, to_rgb
+from mpvg.analysis.comparison import MIN_SEEDS, Compared, compare
+from mpvg.analysis.drawing import IMAGES_IN_FIG7, R_SPAN, norm_map, to_rgb
 from mpvg.analysis.findings import Estimate, Findings, RunsByConfig, layer_names, without_nan
+from mpvg.analysis.numbers import estimate_parts
 from mpvg.analysis.sentences import mean_over_seeds, r_at
 from mpvg.runs.environment import commit, hardware
 
@@ -38,41 +40,50 @@ def render(
         problems: run -> why it could not be analyzed.
         pictures: name of a figure -> its PNG file.
         title: title of the page.
-        front: HTML between the title and the findings.
+        front: HTML between the table of the runs and the findings.
     """
     from plotly.offline import get_plotlyjs
 
     missing = {f"{one.name}: {text}" for members in groups.values() for one in members for text in one.trained.missing}
     members = [f"{one.name} on {one.run.config.data}" for several in groups.values() for one in several]
     made = f"{', '.join(members)}. Commit {commit()}, {hardware()}, torch {torch.__version__}"
+    compared = compare(groups)
+    others = {name: path for name, path in pictures.items() if name not in _INTERACTIVE}
     parts = {
         "title": escape(title),
+        "comparison": comparison_table(compared),
+        "min-seeds": str(MIN_SEEDS),
         "front": front,
         "sentences": "".join(
             f"<h3>{escape(name)}</h3><ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
             for name, texts in sentences.items()
         ),
-        "problems": "".join(
-            f"<p class=problem>{escape(text)}</p>"
-            for text in [*(f"{run}: {why}" for run, why in problems.items()), *sorted(missing)]
-        ),
+        "problems": _problems(f"{run}: {why}" for run, why in problems.items()),
+        "missing": _problems(sorted(missing)),
         "table": _table(groups),
-        "figures": "".join(_figure(name, path) for name, path in pictures.items() if name not in _INTERACTIVE),
+        "figures": "".join(_figure(name, path) for name, path in others.items()),
         "charts": _json(_charts(groups)),
         "norms": _json(_norms(groups)),
         "plotly": get_plotlyjs(),
         "made": escape(made),
     }
+    parts |= {name: _figure(name, pictures[name], "static") if name in pictures else "" for name in _INTERACTIVE}
     # In one pass, so that no placeholder is searched for in the parts that were filled in.
-    return re.sub(r"<!--(\w+)-->", lambda placeholder: parts[placeholder[1]], TEMPLATE.read_text())
+    return re.sub(r"<!--([\w-]+)-->", lambda placeholder: parts[placeholder[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 _INTERACTIVE = ("fig4", "fig6", "fig7")
+"""Figures that are interactive on the screen; their files are shown in print, and without JavaScript."""
 _CAPTIONS = {
-    "fig2": "Figs. 2 and 8: the mean token of each layer after its LN, and the PE that it is compared with, patches by "
-    "channels. One scale per row.",
-    "fig6-rows": "Fig. 6: cosine similarity of every token before and after the Last LN; mean over images. The class "
-    "token, if there is one, comes first.",
+    "fig2": "The mean token of each layer after its LN, and the PE that it is compared with, patches by channels. One "
+    "scale per row. As in Figs. 2 and 8 of the paper.",
+    "fig4": "r of each layer and the Last LN: mean over seeds and their range; dashed: before training. As in "
+    "Fig. 4 of the paper.",
+    "fig6": "Weight (gamma) and bias (beta) of the Last LN, per channel. As in Fig. 6 of the paper.",
+    "fig6-rows": "Cosine similarity of every token before and after the Last LN; mean over images. The class token, if "
+    "there is one, comes first. As in Fig. 6 of the paper.",
+    "fig7": f"Norms of the tokens of the first {IMAGES_IN_FIG7} images, before and after the Last LN. As in Fig. 7 of "
+    "the paper.",
     "pe-rank": "Effective rank of the PE of each layer: how many directions it uses.",
     "pe-frequency": "Share of the PE's power at one cycle per image: how smooth it is.",
     "importance": "Change of accuracy when the PE of one layer is removed, delivered to other patches, or replaced by "
@@ -83,89 +94,171 @@ _CAPTIONS = {
 }
 
 
-def _figure(name: str, path: Path) -> str:
+def _problems(texts: Iterable[str]) -> str:
+    return "".join(f'<p class="problem">{escape(text)}</p>' for text in texts)
+
+
+def _figure(name: str, path: Path, kind: str = "") -> str:
     caption = _CAPTIONS[name if name in _CAPTIONS else name.split("-")[0]]
+    return figure(path, caption, f"{caption} Also as {path.stem}.pdf.", id=name, kind=kind)
+
+
+def figure(path: Path, alternative: str, caption: str, *, id: str, kind: str = "") -> str:
+    """HTML of a picture that is part of the page.
+
+    Args:
+        path: PNG or SVG file.
+        alternative: what is read out instead of the picture.
+        caption: text below the picture.
+        id: id of the element.
+        kind: class of the element; "static": it is shown only in print and without JavaScript.
+    """
+    media = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
     data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
     return (
-        f'<figure id="{escape(name)}"><img alt="{text}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{text} Also as {escape(path.stem)}.pdf.</figcaption></figure>"
+        f'<figure id="{escape(id)}" class="{kind}"><img alt="{escape(alternative)}" src="data:{media};base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def comparison_table(compared: Mapping[str, Compared]) -> str:
+    """HTML of the table of the runs: a row per config."""
+    first = next(iter(compared))
+    head = ["runs", "seeds", "images", "accuracy, %", "each seed, %", "NLL"]
+    head += [f"accuracy minus {first}, points", f"NLL minus {first}"] if len(compared) > 1 else []
+    rows = []
+    for name, one in compared.items():
+        images = " ".join(f"{count:,}" for count in dict.fromkeys(score.images for score in one.scores))
+        each = " ".join(f"{100 * score.accuracy:.2f}" for score in one.scores)
+        cells = [str(len(one.scores)), images, _cell(one.accuracy, scale=100, signed=False), each]
+        cells.append(_cell(one.nll, signed=False))
+        if len(compared) > 1:
+            differences = (one.accuracy_difference, 100), (one.nll_difference, 1)
+            cells += ["-" if value is None else _cell(value, scale=scale) for value, scale in differences]
+        rows.append((escape(name), cells))
+    return _html_table("Accuracy and NLL", head, rows, wide=(3,))
+
+
+def _html_table(
+    caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], wide: Sequence[int] = ()
+) -> str:
+    """A table in a box that scrolls, so that the page does not.
+
+    Args:
+        caption: what it shows, as text.
+        head: headings of the columns, as text.
+        rows: heading and cells of each row, as HTML.
+        wide: cells that may be broken into several lines.
+    """
+    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(f"<td{' class=list' if n in wide else ''}>{cell}</td>" for n, cell in enumerate(cells))
+        + "</tr>"
+        for name, cells in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def _table(groups: RunsByConfig) -> str:
     names = layer_names(groups)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     rows = []
     for name, members in groups.items():
+        places = members[0].trained.places
         for kind, trained in (("", True), (", untrained", False)):
-            known = len(members[0].trained.places)
-            cells = "".join(
-                f"<td>{_cell(mean_over_seeds(members, r_at(index), trained)) if index < known else '-'}</td>"
-                for index in range(len(names))
-            )
-            rows.append(f"<tr><td>{escape(name + kind)}</td>{cells}</tr>")
-    return f"<table><thead><tr><th>r</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+            cells = [
+                _cell(mean_over_seeds(members, r_at(index), trained))
+                + ("" if place.delivered else "<br><small>raw PE</small>")
+                for index, place in enumerate(places)
+            ]
+            rows.append((escape(name + kind), cells + ["-"] * (len(names) - len(places))))
+    return _html_table("r of each layer", ["r", *names], rows)
 
 
-def _cell(value: Estimate) -> str:
-    if value.interval is None:
-        return f"{value.value:+.2f}"
-    return f"{value.value:+.2f}<br><small>{value.interval.low:+.2f} to {value.interval.high:+.2f}</small>"
+def _cell(estimate: Estimate, *, scale: float = 1, signed: bool = True) -> str:
+    value, interval = estimate_parts(estimate, scale=scale, signed=signed)
+    return value if interval is None else f"{value}<br><small>{interval}</small>"
+
+
+_SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
+"""plotly's names of figures.MARKERS."""
 
 
 def _charts(groups: RunsByConfig) -> dict[str, Any]:
-    """Data and layout of the interactive charts, as plotly.js expects them."""
-    from mpvg.figures import COLORS
+    """Data and layout of the interactive charts, as plotly.js expects them; "color" is an index of the palette."""
+    from mpvg.figures import COLORS, DARK_COLORS, value_range
 
-    lines, last = [], []
-    for number, (name, members) in enumerate(groups.items()):
-        color = COLORS[number % len(COLORS)]
-        names = [layer.name for layer in members[0].trained.places]
+    lines: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    for number, (config, members) in enumerate(groups.items()):
+        name = escape(config)  # plotly takes names for HTML
+        places = [escape(layer.name) for layer in members[0].trained.places]
+        symbol = _SYMBOLS[number % len(_SYMBOLS)]
+        symbols = [symbol if layer.delivered else f"{symbol}-open" for layer in members[0].trained.places]
         for trained, dash, label in ((True, "solid", name), (False, "dash", f"{name}, untrained")):
-            values = [mean_over_seeds(members, r_at(index), trained) for index in range(len(names))]
+            values = [mean_over_seeds(members, r_at(index), trained) for index in range(len(places))]
             above = [0.0 if v.interval is None else v.interval.high - v.value for v in values]
             below = [0.0 if v.interval is None else v.value - v.interval.low for v in values]
             lines.append(
                 {
-                    "x": names,
+                    "x": places,
                     "y": [v.value for v in values],
                     "name": label,
+                    "color": number,
                     "mode": "lines+markers",
-                    "line": {"color": color, "dash": dash},
-                    "error_y": {"type": "data", "array": above, "arrayminus": below, "thickness": 1, "color": color},
+                    "line": {"dash": dash},
+                    "marker": {"symbol": symbols, "size": 8},
+                    "error_y": {"type": "data", "array": above, "arrayminus": below, "thickness": 1},
                 }
             )
         curves = members[0].trained.last.channels
         for (kind, channel_values), dash in zip(curves.items(), ("dot", "solid", "dash"), strict=False):
-            label = f"{kind}, {name}"
+            line = {"dash": dash, "width": 1.5}
             last.append(
-                {
-                    "y": channel_values,
-                    "name": label,
-                    "mode": "lines",
-                    "line": {"color": color, "dash": dash, "width": 1},
-                }
+                {"y": channel_values, "name": f"{kind}, {name}", "color": number, "mode": "lines", "line": line}
             )
+    ends = [
+        v + sign * error
+        for line in lines
+        for sign, key in ((1, "array"), (-1, "arrayminus"))
+        for v, error in zip(line["y"], line["error_y"][key], strict=True)
+    ]
+    r_range, last_range = value_range(ends, R_SPAN, (0,)), value_range([v for line in last for v in line["y"]])
+    label = "Correlation r of tokens and position embedding, layer by layer"
     return {
-        "correlation": {"data": lines, "layout": _layout("layer", "r(mean token, PE)", category=True)},
-        "last": {"data": last, "layout": _layout("channel", "Last LN")},
+        "palettes": {"light": COLORS, "dark": DARK_COLORS},
+        "correlation": {
+            "traces": lines,
+            "label": label,
+            "layout": _layout("layer", "r(mean token, PE)", r_range, category=True),
+        },
+        "last": {
+            "traces": last,
+            "label": "Weight and bias of the Last LN, by channel",
+            "layout": _layout("channel", "Last LN", last_range),
+        },
     }
 
 
-def _layout(x: str, y: str, *, category: bool = False) -> dict[str, Any]:
+def _layout(x: str, y: str, y_range: tuple[float, float], *, category: bool = False) -> dict[str, Any]:
     axis = {"title": {"text": x}} | ({"type": "category"} if category else {})
     return {
         "xaxis": axis,
-        "yaxis": {"title": {"text": y}, "zeroline": True},
-        "legend": {"orientation": "h", "y": -0.25},
-        "margin": {"t": 10, "r": 10},
+        "yaxis": {"title": {"text": y}, "zeroline": True, "range": y_range},
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top"},
+        "margin": {"t": 10, "r": 10, "l": 10, "b": 10},
         "height": 460,
     }
 
 
 def _norms(groups: RunsByConfig) -> dict[str, Any]:
     """The images of Fig. 7 and the norms of their tokens, of the first run of every config."""
+    from mpvg.figures import color_map
+
     shown = [(name, members[0]) for name, members in groups.items() if members[0].result.samples]
     images: dict[str, list[str]] = {}
     maps_by_run = []
@@ -175,7 +268,7 @@ def _norms(groups: RunsByConfig) -> dict[str, Any]:
         images.setdefault(key, [_png(to_rgb(sample, one.run.info)) for sample in samples])
         maps = [{"before": _rounded(sample.before), "after": _rounded(sample.after)} for sample in samples]
         maps_by_run.append({"name": name, "images": key, "maps": maps, "auc": _auc(one.trained)})
-    return {"images": images, "runs": maps_by_run}
+    return {"images": images, "runs": maps_by_run, "colors": color_map(steps=9)}
 
 
 def _auc(findings: Findings) -> str:

@@ -75,6 +75,8 @@ class ProbeResult:
     """Number of images in each group, `(G,)`."""
     correct: int
     """Number of images whose most probable class is the target."""
+    nll: float
+    """Negative log-likelihood of the targets, in nats, summed over images."""
     layers: list[LayerStats]
     """All layers in order, then the Last LN if it normalizes tokens."""
     last: LastNormStats
@@ -125,6 +127,7 @@ def collect(
             if not logits.isfinite().all():
                 raise ValueError("the outputs of the network contain NaN or infinite values; use another checkpoint")
             collector.correct += int((logits.argmax(dim=1) == targets).sum())
+            collector.nll += float(F.cross_entropy(logits.double(), targets, reduction="sum"))
     finally:
         network.probe = None
     return collector.result()
@@ -140,6 +143,7 @@ class _Collector:
         self.has_class_token = network.global_pool == "token"
         self.counts = torch.zeros(groups, dtype=torch.float64)
         self.correct = 0
+        self.nll = 0.0
         self.layers: dict[str, LayerStats] = {}
         self.last_norm: LastNormStats | None = None
         self.samples: list[SampleImage] = []
@@ -218,7 +222,9 @@ class _Collector:
         """The sums over all batches."""
         if self.last_norm is None:
             raise ValueError("no image could be read; give data with readable images")
-        return ProbeResult(self.counts, self.correct, list(self.layers.values()), self.last_norm, self.samples)
+        return ProbeResult(
+            self.counts, self.correct, self.nll, list(self.layers.values()), self.last_norm, self.samples
+        )
 
 
 def _rows(tokens: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """`mpvg analyze`: what position embeddings (PE) do inside runs, as numbers, figures and one page."""
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,15 +12,16 @@ from torch import nn
 
 from mpvg import runs
 from mpvg.analysis import drawing, page
-from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, summarize
+from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, Scores, summarize
 from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
 from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
 from mpvg.analysis.sentences import make_sentences
 from mpvg.config import RunConfig
+from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.runs import Run
-from mpvg.runs.checkpoints import Which
+from mpvg.runs.checkpoints import Which, checkpoint_folder
 from mpvg.runs.environment import environment
-from mpvg.runs.files import write_json
+from mpvg.tasks.task import EMA
 
 IMAGES = 1000
 BATCH = 32
@@ -109,8 +109,25 @@ def analyze_run(run: Run, options: Options) -> AnalyzedRun:
         few = list(open_images(images=options.sensitivity_images).epoch())
         sensitivity = measure_sensitivity(model, CachedBatches(few))
     return AnalyzedRun(
-        run=run, name=run.path.name, trained=trained, untrained=untrained, result=result, sensitivity=sensitivity
+        run=run,
+        name=run.path.name,
+        trained=trained,
+        untrained=untrained,
+        result=result,
+        recorded=None if options.data is not None else _recorded(run, options),
+        sensitivity=sensitivity,
     )
+
+
+def _recorded(run: Run, options: Options) -> Scores | None:
+    """What the run recorded of the checkpoint; None: it was saved within an epoch, or copied without its name."""
+    name = checkpoint_folder(run.path, options.which).resolve().name
+    prefix = EMA if options.ema else ""
+    for line in run.metrics():
+        accuracy, nll = line.get(f"{prefix}accuracy"), line.get(f"{prefix}nll")
+        if isinstance(accuracy, float) and isinstance(nll, float) and name == f"step-{line['step']:08d}":
+            return Scores(accuracy, nll, run.info.val_size)
+    return None
 
 
 def write(
@@ -123,19 +140,17 @@ def write(
         analyzed: the runs.
         problems: run -> why it could not be analyzed.
         title: title of the page.
-        front: HTML between the title and the findings.
+        front: HTML between the table of the runs and the findings.
     """
     groups = _group_by_config(analyzed)
     sentences = {name: make_sentences(members) for name, members in groups.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", _results(groups, sentences, problems))
-    with (out / "layers.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, _COLUMNS)
-        table.writeheader()
-        table.writerows(row for name, members in groups.items() for one in members for row in _rows(name, one))
+    rows = [row for name, members in groups.items() for one in members for row in _rows(name, one)]
+    atomic_text(out / "layers.csv", csv_text(_COLUMNS, rows))
     pictures = drawing.draw(groups, out / "figures")
     path = out / "report.html"
-    path.write_text(page.render(groups, sentences, problems, pictures, title=title, front=front))
+    atomic_text(path, page.render(groups, sentences, problems, pictures, title=title, front=front))
     return Report(path, sentences, problems)
 
 

@@ -55,7 +55,7 @@ class CachedBatches:
     """A few batches in memory, which can be read many times."""
 
     def __init__(self, batches: Sequence[ImageBatch]) -> None:
-        self.batches, self.skipped = list(batches), 0
+        self.batches, self.unreadable, self.skipped = list(batches), set[int](), 0
 
     def __len__(self) -> int:
         return len(self.batches)

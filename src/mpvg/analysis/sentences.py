@@ -3,20 +3,29 @@
 from collections.abc import Callable, Sequence
 
 from mpvg import statistics
+from mpvg.analysis.comparison import why_inconclusive
 from mpvg.analysis.findings import AnalyzedRun, Estimate, Findings
+from mpvg.analysis.numbers import estimate_text
 from mpvg.analysis.probe import LAST
 
 
 def make_sentences(members: Sequence[AnalyzedRun]) -> list[str]:
     """Summarizes runs that differ in the seed only; intervals are over seeds, or over images for a single run.
 
+    From fewer than `comparison.MIN_SEEDS` runs, or if the accuracy of one is near chance, nothing is concluded: the
+    sentences then give numbers only, and the reason.
+
     Args:
         members: the runs, at least one.
     """
+    inconclusive = why_inconclusive(members)
     kind = f"{len(members)} seeds" if len(members) > 1 else "One run"
-    summary = f"{kind}, {members[0].trained.images:,} images each, accuracy {_percent(members)}."
-    sentences = [summary, _slope(members), _opposed(members), _last_norm(members), _beta(members)]
-    return [sentence for sentence in sentences if sentence]
+    sentences = [f"{kind}, {members[0].trained.images:,} images each, accuracy {_percent(members)}."]
+    if inconclusive:
+        sentences.append(f"These are numbers, and nothing is concluded from them: {inconclusive}.")
+    sentences.append(_slope(members, conclude=not inconclusive))
+    sentences += _correlations(members, conclude=not inconclusive)
+    return [sentence for sentence in (*sentences, _last_norm(members), _beta(members)) if sentence]
 
 
 def mean_over_seeds(
@@ -39,39 +48,71 @@ def training_effect(members: Sequence[AnalyzedRun], value: Callable[[Findings], 
     return Estimate(*statistics.mean_and_interval([value(m.trained).value - value(m.untrained).value for m in members]))
 
 
-def _slope(members: Sequence[AnalyzedRun]) -> str:
+def _slope(members: Sequence[AnalyzedRun], *, conclude: bool) -> str:
     findings = members[0].trained
     if findings.slope is None:
         return "Fewer than two layers receive a PE, so there is no slope over depth."
     layers = f"layers {findings.slope_layers[0]} to {findings.slope_layers[-1]}"
-    kind = "" if any(layer.delivered for layer in findings.places) else " (with the raw PE, because none is delivered)"
+    delivered = any(layer.delivered for layer in findings.places)
+    kind = "r" if delivered else "r with the raw PE, which they do not receive,"
     trained, untrained = (mean_over_seeds(members, _get_slope, trained=when) for when in (True, False))
-    change = training_effect(members, _get_slope)
-    numbers = (
-        f"Over {layers}, r changes by {_number(trained)} per layer{kind}; before training, by {_number(untrained)}"
+    text = (
+        f"Over {layers}, {kind} changes by {estimate_text(trained)} per layer; before training, by "
+        f"{estimate_text(untrained)}."
     )
     if len(members) == 1:
-        return f"{numbers}. A single run gives no interval for the effect of training, so nothing is concluded from it."
+        return text
+    change = training_effect(members, _get_slope)
+    text += f" Training changes this slope by {estimate_text(change)}"
+    if not conclude:
+        return f"{text}."
     verdict = {
         -1: "training makes the correlation fall with depth",
         0: "no effect shown, because the interval includes 0",
-        1: "training makes the correlation rise with depth, against the paper's claim",
+        1: "training makes the correlation rise with depth",
     }[_sign(change)]
-    return f"{numbers}. Training changes this slope by {_number(change)}: {verdict}."
+    paper = {-1: ", as the paper says", 0: "", 1: ", against the paper's claim"}[_sign(change)] if delivered else ""
+    return f"{text}: {verdict}{paper}."
 
 
-def _opposed(members: Sequence[AnalyzedRun]) -> str:
-    layers = [layer.name for layer in members[0].trained.places if layer.name != LAST]
-    if not layers:
-        return ""
-    signs = [_sign(mean_over_seeds(members, r_at(index))) for index in range(len(layers))]
-    effects = [_sign(training_effect(members, r_at(index))) for index in range(len(layers))]
-    text = (
-        f"Tokens and PE are opposed (the whole interval of r is below 0) in {signs.count(-1)} of {len(layers)} layers"
+def _correlations(members: Sequence[AnalyzedRun], *, conclude: bool) -> list[str]:
+    """One sentence on the layers that receive a PE, and one on those whose tokens are compared with the raw PE."""
+    layers = [(index, layer) for index, layer in enumerate(members[0].trained.places) if layer.name != LAST]
+    sentences = []
+    for delivered in (True, False):
+        chosen = [(index, layer.name) for index, layer in layers if layer.delivered == delivered]
+        if not chosen:
+            continue
+        indices, names = [index for index, _ in chosen], [name for _, name in chosen]
+        where = f"layer {names[0]}" if len(names) == 1 else f"layers {names[0]} to {names[-1]}"
+        if delivered:
+            text = f"r with the PE that is delivered to {where} is {_range(members, indices, names)}"
+            counted = "Tokens and delivered PE are opposed"
+        else:
+            text = (
+                f"No PE is delivered to {where}: there, tokens are compared with the raw PE that they do not receive, "
+                f"which says nothing about a delivered PE. This r is {_range(members, indices, names)}"
+            )
+            counted = "It is negative"
+        sentences.append(f"{text}. {_count(members, indices, counted)}" if conclude else f"{text}.")
+    return sentences
+
+
+def _range(members: Sequence[AnalyzedRun], indices: Sequence[int], names: Sequence[str]) -> str:
+    """The smallest and the largest r of some layers."""
+    values = {name: mean_over_seeds(members, r_at(i)) for i, name in zip(indices, names, strict=True)}
+    ordered = sorted(values, key=lambda name: values[name].value)
+    texts = [f"{estimate_text(values[name])} in layer {name}" for name in dict.fromkeys((ordered[0], ordered[-1]))]
+    return f"between {' and '.join(texts)}" if len(texts) > 1 else texts[0]
+
+
+def _count(members: Sequence[AnalyzedRun], indices: Sequence[int], counted: str) -> str:
+    signs = [_sign(mean_over_seeds(members, r_at(index))) for index in indices]
+    effects = [_sign(training_effect(members, r_at(index))) for index in indices]
+    return (
+        f"{counted} (the whole interval of r is below 0) in {signs.count(-1)} of these {len(indices)}; "
+        f"training lowers r in {effects.count(-1)} and raises it in {effects.count(1)}."
     )
-    if len(members) > 1:
-        text += f"; training lowers r in {effects.count(-1)} layers and raises it in {effects.count(1)}"
-    return text + "."
 
 
 def _last_norm(members: Sequence[AnalyzedRun]) -> str:
@@ -80,16 +121,21 @@ def _last_norm(members: Sequence[AnalyzedRun]) -> str:
         return ""
     trained, untrained = (mean_over_seeds(members, r_at(-1), trained=when) for when in (True, False))
     kind = "the delivered PE" if layers[-1].delivered else "the raw PE (none is delivered)"
-    return f"At the Last LN, r with {kind} is {_number(trained)}; before training, {_number(untrained)}."
+    return f"At the Last LN, r with {kind} is {estimate_text(trained)}; before training, {estimate_text(untrained)}."
 
 
 def _beta(members: Sequence[AnalyzedRun]) -> str:
     own = mean_over_seeds(members, lambda f: Estimate(f.last.beta_variance))
     effective = mean_over_seeds(members, lambda f: Estimate(f.last.beta_variance_effective))
-    text = f"The variance of the Last LN's beta is {own.value:.3g}"
+    text = f"The variance of the Last LN's beta is {_plain(own)}"
     if members[0].trained.last.shift is not None:
-        text += f", and {effective.value:.3g} including what the delivered PE adds to the mean token"
+        text += f", and {_plain(effective)} including what the delivered PE adds to the mean token"
     return text + "."
+
+
+def _plain(value: Estimate) -> str:
+    """The value without its interval."""
+    return estimate_text(Estimate(value.value), signed=False)
 
 
 def _get_slope(findings: Findings) -> Estimate:
@@ -104,10 +150,6 @@ def _sign(value: Estimate) -> int:
     return -1 if value.interval.high < 0 else int(value.interval.low > 0)
 
 
-def _number(value: Estimate) -> str:
-    text = f"{value.value:+.3f}" if abs(value.value) >= 0.001 else f"{value.value:+.1e}"
-    return text if value.interval is None else f"{text} ({value.interval.low:+.3f} to {value.interval.high:+.3f})"
-
-
 def _percent(members: Sequence[AnalyzedRun]) -> str:
-    return f"{100 * sum(member.trained.accuracy for member in members) / len(members):.2f} %"
+    mean = statistics.mean_and_interval([member.trained.accuracy for member in members])
+    return f"{estimate_text(Estimate(*mean), scale=100, signed=False)} %"

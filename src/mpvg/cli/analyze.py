@@ -1,22 +1,20 @@
 """`mpvg analyze`."""
 
-import argparse
-import sys
 from pathlib import Path
 
-from mpvg.cli.arguments import add_weights
+from mpvg.cli.arguments import SELECTED, Parser, add_weights, complain, say
 
 
 def analyze(arguments: list[str]) -> int:
     """Writes a report on runs."""
     text = "What position embeddings do inside runs, beside the same networks before training."
-    parser = argparse.ArgumentParser(prog="mpvg analyze", description=text)
+    parser = Parser(prog="mpvg analyze", description=text)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folders; those that differ only in the seed are repetitions"
     )
     parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
     parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly (default: 1000)")
-    add_weights(parser)
+    add_weights(parser, "last")
     parser.add_argument(
         "--beyond",
         type=int,
@@ -32,9 +30,11 @@ def analyze(arguments: list[str]) -> int:
         data=given.data, images=given.images, which=given.checkpoint, ema=given.ema, sensitivity_images=given.beyond
     )
     made = report.analyze(given.runs, Path(given.out), options)
+    averaged = "the averaged ones, " if given.ema else ""
+    say(f"weights: {averaged}{given.checkpoint} of each run{SELECTED[given.checkpoint]}")
     for name, sentences in made.sentences.items():
-        print(f"{name}:", *sentences, sep="\n  ")
+        say(f"{name}:", *(f"  {sentence}" for sentence in sentences))
     for run, reason in made.problems.items():
-        print(f"mpvg: warning: {run} is left out: {reason}", file=sys.stderr)
-    print(f"\nreport: {made.page}")
+        complain(f"warning: {run} is left out: {reason}")
+    say("", f"report: {made.page}")
     return 0

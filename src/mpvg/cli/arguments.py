@@ -2,20 +2,61 @@
 
 import argparse
 import json
-from typing import Any
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mpvg.validation import printable
 
 
-def run_parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a verb that uses the weights of one run."""
-    parser = argparse.ArgumentParser(prog=f"mpvg {verb}", description=description)
+class Parser(argparse.ArgumentParser):
+    """Shows what it refuses without control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        super().error(printable(message))
+
+
+def say(*lines: str) -> None:
+    """Prints lines; what a name, a path or a class holds beside plain characters is shown as an escape."""
+    print("\n".join(map(printable, lines)), flush=True)
+
+
+def print_table(rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Prints rows in columns.
+
+    Args:
+        rows: the titles, and below them the values.
+        right: titles of the columns that are set to the right, such as numbers.
+    """
+    shown = [[printable(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    for row in shown:
+        cells = zip(rows[0], row, widths, strict=True)
+        print("  ".join(v.rjust(width) if title in right else v.ljust(width) for title, v, width in cells).rstrip())
+
+
+def complain(message: str) -> None:
+    """Prints a line to stderr, as `say`."""
+    print(f"mpvg: {printable(message)}", file=sys.stderr)
+
+
+SELECTED = {"last": "", "best": " (selected on its validation set)"}
+"""What is to be said of the weights that `--checkpoint` chooses."""
+
+
+def run_parser(verb: str, description: str, weights: str) -> argparse.ArgumentParser:
+    """A parser for a verb that uses the weights of one run, by default the `weights`: last or best."""
+    parser = Parser(prog=f"mpvg {verb}", description=description)
     parser.add_argument("run", help="folder that `mpvg train` made")
-    add_weights(parser)
+    add_weights(parser, weights)
     return parser
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
+def add_weights(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds the arguments that choose a run's weights."""
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (default: last)")
+    help = f"the last weights, or those of the best epoch on the run's validation set (default: {default})"
+    parser.add_argument("--checkpoint", choices=("last", "best"), default=default, help=help)
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
 
 

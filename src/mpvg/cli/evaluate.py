@@ -1,11 +1,17 @@
 """`mpvg evaluate` and `mpvg predict`: a run's weights on a validation set, and on images."""
 
-from mpvg.cli.arguments import run_parser
+from typing import TYPE_CHECKING
+
+from mpvg.cli.arguments import SELECTED, run_parser, say
+
+if TYPE_CHECKING:
+    from mpvg.runs import Run
+    from mpvg.runs.checkpoints import Which
 
 
 def evaluate(arguments: list[str]) -> int:
     """Prints the metrics of a checkpoint."""
-    parser = run_parser("evaluate", "Scores a run's checkpoint on every validation image once.")
+    parser = run_parser("evaluate", "Scores a run's checkpoint on every validation image once.", "last")
     parser.add_argument("--data", help="another folder or data set with the same classes")
     given = parser.parse_args(arguments)
     import torch
@@ -18,13 +24,16 @@ def evaluate(arguments: list[str]) -> int:
     validation, task = run.validation(device, data=given.data), run.task()
     found = task.evaluate(run.model(given.checkpoint, ema=given.ema).to(device), validation)
     skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
-    print(f"{given.run}: {', '.join(describe_metrics(task, found.metrics))} on {found.images} images{skipped}")
+    scores = ", ".join(describe_metrics(task, found.metrics))
+    say(f"{given.run}: {scores} on {found.images} images{skipped}", weights_text(run, given.checkpoint, ema=given.ema))
+    if given.checkpoint == "last" and given.data is None and (beside := best_text(run, ema=given.ema)):
+        say(f"beside it, the best epoch, which was selected on this set: {beside}")
     return 0
 
 
 def predict(arguments: list[str]) -> int:
     """Prints what a checkpoint says about images."""
-    parser = run_parser("predict", "Prints the five most probable classes of each image.")
+    parser = run_parser("predict", "Prints the five most probable classes of each image.", "best")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     given = parser.parse_args(arguments)
     from mpvg import runs
@@ -32,13 +41,38 @@ def predict(arguments: list[str]) -> int:
 
     run = runs.load(given.run)
     model, preprocess, task = run.model(given.checkpoint, ema=given.ema), run.preprocess(), run.task()
+    say(f"{given.run}: {weights_text(run, given.checkpoint, ema=given.ema)}")
     for path in given.images:
         try:
-            image = preprocess(read_image(path))
+            image = preprocess(read_image(path, run.config.orientation))
         except Exception as error:  # decoders of untrusted files raise all kinds of errors
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"image {path} cannot be read ({reason}); give an image file, such as a PNG") from error
-        print(path)
-        for line in task.predict(model, image[None])[0].lines():
-            print(f"  {line}")
+        say(path, *(f"  {line}" for line in task.predict(model, image[None])[0].lines()))
     return 0
+
+
+def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:
+    """Which weights of a run are used, as text."""
+    from mpvg.runs.checkpoints import checkpoint_folder, has_best
+    from mpvg.runs.pointers import step_name
+
+    lost = which == "best" and not has_best(run.path)
+    name = run.best_step() if lost else checkpoint_folder(run.path, which, quiet=True).resolve().name
+    epochs = [line["epoch"] for line in run.metrics() if step_name(line["step"]) == name]
+    when = f", after epoch {epochs[0]} of {run.config.epochs}" if epochs else ""
+    return f"{'averaged ' if ema else ''}weights: {which}{when}{SELECTED[which]}"
+
+
+def best_text(run: "Run", *, ema: bool) -> str | None:
+    """The recorded metrics of the best epoch; None before an epoch ends."""
+    from mpvg.runs.pointers import step_name
+    from mpvg.tasks import describe_metrics
+    from mpvg.tasks.task import EMA
+
+    task, prefix, best = run.task(), EMA if ema else "", run.best_step()
+    for line in run.metrics():
+        if step_name(line["step"]) == best:
+            scores = {name: line[f"{prefix}{name}"] for name in task.metrics if f"{prefix}{name}" in line}
+            return f"{', '.join(describe_metrics(task, scores))}, epoch {line['epoch']}"
+    return None

@@ -1,12 +1,15 @@
 """The entry point: finds the verb, runs it, and turns errors into one line. A verb's module loads when it is used."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from mpvg.validation import unknown_name
+from mpvg.cli.arguments import complain
+from mpvg.validation import printable, unknown_name
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,13 @@ VERBS = {
     "predict": Verb("evaluate", "name what is in images"),
     "inspect": Verb("networks", "parameters, FLOPs and which layer receives which position embedding"),
     "methods": Verb("networks", "the methods, as a table"),
+    "models": Verb("catalog", "the networks, with size and cost"),
+    "recipes": Verb("catalog", "the recipes, with data, network, epochs and what each is for"),
     "runs": Verb("runs", "list run folders, with their state"),
     "plot": Verb("runs", "draw the curves of several runs"),
     "analyze": Verb("analyze", "what position embeddings do inside runs: numbers, figures and report.html"),
     "demo": Verb("study", "train and compare a few methods; ends with a table and report.html"),
+    "version": Verb("catalog", "the version"),
 }
 
 
@@ -44,7 +50,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; an error of the user is one message and exit code 2, MPVG_TRACEBACK=1 shows where it came from."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else "--help"
+    _escape_what_cannot_be_shown()
+    name = arguments[0].replace("--version", "version") if arguments else "--help"
     if name in ("-h", "--help"):
         print(usage(), end="")
         return 0
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = run(arguments[1:])
         return code
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
-        print(f"\n{str(stop) or 'interrupted; continue with `mpvg train --resume RUN`'}", file=sys.stderr)
+        print("\n" + printable(str(stop) or "interrupted; continue with `mpvg train --resume RUN`"), file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (ValueError, OSError) as error:
         if os.environ.get("MPVG_TRACEBACK"):
@@ -68,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error}; optional packages come with: pip install 'mpvg[all]'")
 
 
+def _escape_what_cannot_be_shown() -> None:
+    """Lets a terminal that is not UTF-8 show every name, with backslashes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # its file was exchanged for a pipe, which has no position to keep
+                stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str) -> int:
-    print(f"mpvg: error: {message}", file=sys.stderr)
+    complain(f"error: {message}")
     return 2

@@ -1,13 +1,12 @@
 """`mpvg inspect` and `mpvg methods`: networks and methods without training."""
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import parse_method
+from mpvg.cli.arguments import Parser, parse_method, say
 
 if TYPE_CHECKING:
     from mpvg.analysis.networks import Count, Support
@@ -17,7 +16,7 @@ READOUTS = {"token": "class token", "avg": "mean over tokens", "map": "attention
 
 def inspect(arguments: list[str]) -> int:
     """Prints what a network is under a method."""
-    parser = argparse.ArgumentParser(prog="mpvg inspect", description="Prints what a network is under a method.")
+    parser = Parser(prog="mpvg inspect", description="Prints what a network is under a method.")
     parser.add_argument("model", nargs="?", help="a network's name, such as deit_tiny_patch16_224, or timm/<name>")
     parser.add_argument("--method", default="mpvg", help="a method's name, or a spec as JSON (default: mpvg)")
     parser.add_argument("--num_classes", type=int, default=1000, help="classes of the head (default: 1000)")
@@ -36,7 +35,7 @@ def inspect(arguments: list[str]) -> int:
     size = {"num_classes": given.num_classes, "img_size": given.img_size, "in_chans": given.in_chans}
     found = networks.inspect(given.model, parse_method(given.method), **size)
     channels, height, width = found.image
-    print(f"{given.model} with {given.method}, {channels} x {height} x {width}, {given.num_classes} classes")
+    say(f"{given.model} with {given.method}, {channels} x {height} x {width}, {given.num_classes} classes")
     print(f"  parameters  {found.parameters:,} ({found.delivery_parameters:,} of them LN')")
     print(f"  GFLOPs      {found.flops / 1e9:.4f} ({found.flops / 2e9:.4f} GMACs) an image")
     print(f"  read-out    {READOUTS.get(found.pool, found.pool)}\n\n  what receives which position embedding")
@@ -49,7 +48,7 @@ def inspect(arguments: list[str]) -> int:
         figures.delivery_diagram(
             rows, READOUTS.get(found.pool, found.pool), f"{given.model}, {given.method}", Path(given.figure)
         )
-        print(f"\ndrawn in {given.figure}")
+        say("", f"drawn in {given.figure}")
     return 0
 
 
@@ -70,7 +69,7 @@ def _print_counts(rows: "Sequence[Count]") -> int:
 
 def methods(arguments: list[str]) -> int:
     """Prints the methods."""
-    parser = argparse.ArgumentParser(prog="mpvg methods", description="Prints the methods as a table.")
+    parser = Parser(prog="mpvg methods", description="Prints the methods as a table.")
     parser.add_argument("--networks", action="store_true", help="which network runs which method, as Markdown")
     if parser.parse_args(arguments).networks:
         from mpvg.analysis.networks import support_table

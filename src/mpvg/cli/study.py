@@ -1,12 +1,13 @@
 """`mpvg demo`: several runs compared."""
 
-import argparse
 from pathlib import Path
+
+from mpvg.cli.arguments import Parser
 
 
 def demo(arguments: list[str]) -> int:
     """Trains and compares a few methods."""
-    parser = argparse.ArgumentParser(prog="mpvg demo", description="Trains and compares a few methods on real images.")
+    parser = Parser(prog="mpvg demo", description="Trains and compares a few methods on real images.")
     parser.add_argument("--data", default="digits", choices=("digits", "fashion-mnist"))
     parser.add_argument("--out", default="demo", help="folder of the runs and of report.html (default: demo)")
     given = parser.parse_args(arguments)

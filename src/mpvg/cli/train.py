@@ -1,92 +1,113 @@
 """`mpvg train`."""
 
-import argparse
-import difflib
 import os
-import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpvg.config import FORMAT, RunConfig
-from mpvg.recipes import recipe
+from mpvg.cli.arguments import say
+from mpvg.cli.flags import FREE, Flags, make_parser, parse_flags
+from mpvg.config import FORMAT, RunConfig, flatten
+from mpvg.files import read_given
+from mpvg.recipes import RECIPES, recipe, scale_schedule
+from mpvg.validation import parse_config
 
-DESCRIPTION = "Trains a network. Values come from the recipe, then from --config, then from the flags."
+MAX_CONFIG_BYTES = 2**20
+"""Size of a file that --config names; what a run has is 2 kB."""
 
 
 def train(arguments: list[str]) -> int:
     """Trains a new run, or continues one."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--data", "--recipe", "--config", "--resume"):
-        early.add_argument(name)
-    for name in ("--auto_resume", "--print_config"):
-        early.add_argument(name, action="store_true")
-    known, _ = early.parse_known_args(arguments)
-    arguments = [argument for argument in arguments if argument != "--print_config"]  # jsonargparse has its own
-    if known.resume is not None and "--help" not in arguments:
-        return _resume(known.resume, arguments)
-    config = _parse_flags(_base(known.data, known.recipe, known.config), arguments)
-    if known.print_config:
+    flags = parse_flags(arguments)
+    options = flags.options
+    file = {} if options.config is None else _read_config_file(options.config)
+    if options.help:
+        parser = make_parser(_compose(file, flags)[0])
+        parser.print_help()
+        parser.exit()
+    if options.resume is not None and (options.dry_run or options.measure):
+        raise ValueError("--dry_run and --measure are for a new run, not for --resume; leave one of them out")
+    if options.resume is not None:
+        return _resume(options.resume, file, flags)
+    config, notes = _compose(file, flags)
+    if options.print_config:
         return _print_config(config)
     if not config.out:
         method = config.method if isinstance(config.method, str) else "custom"
         name = f"{Path(config.data).name}-{config.model}-{method}-seed{config.seed}"
         config = replace(config, out=str(Path("runs") / name))
-    if known.auto_resume and (Path(config.out) / "config.yaml").is_file():
-        return _resume(config.out, arguments)
+    if options.dry_run or options.measure:
+        return _print_plan(config, notes, measure=options.measure)
+    if options.auto_resume and (Path(config.out) / "config.yaml").is_file():
+        return _resume(config.out, file, flags)
     from mpvg import training
 
-    _print_summary(config, training.train(config), config.out)
+    if _is_first() and notes:
+        say(*notes)
+    _print_summary(config, training.train(config, break_lock=options.break_lock), config.out)
     return 0
 
 
-def _resume(path: str, arguments: list[str]) -> int:
+def _resume(path: str, file: Mapping[str, Any], flags: Flags) -> int:
     from mpvg import runs, training
 
     run = runs.load(path)
-    given = _parse_flags(run.config, arguments)
-    if given != run.config:
-        was, now = run.config.to_dict(), given.to_dict()
+    was = run.config.to_dict()
+    now = _with_flags(_with_file(run.config, file, flags).to_dict(), flags).to_dict()
+    if now != was:
         changed = ", ".join(f"{key} is {was[key]!r} there, {now[key]!r} given" for key in was if was[key] != now[key])
         raise ValueError(
             f"--resume continues {path} as it is: {changed}; leave these out, or train a new run with --out"
         )
-    _print_summary(run.config, training.resume(path), path)
+    _print_summary(run.config, training.resume(path, break_lock=flags.options.break_lock), path)
     return 0
 
 
-def _base(data: str | None, name: str | None, file: str | None) -> RunConfig:
-    """The values below the flags: those of the recipe, and of the config file on top."""
-    if file is None:
-        return recipe(name, data)
-    values = _read_config_file(file)
-    for key in ("recipe", "data"):
-        if not isinstance(values.get(key, ""), str):
-            raise ValueError(f"--config {file}: {key} is {values[key]!r}; allowed: a name, as text")
-    base = recipe(name or values.get("recipe"), data or values.get("data"))
+def _compose(file: Mapping[str, Any], flags: Flags) -> tuple[RunConfig, list[str]]:
+    """The values of the recipe, of the file on top and of the flags on top; and what follows the epochs, in words."""
+    name = flags.values.get("recipe") or file.get("recipe")
+    base = recipe(name, flags.values.get("data") or file.get("data"))
+    epochs = file.get("epochs")
+    config = _with_file(scale_schedule(base, epochs) if type(epochs) is int else base, file, flags)
+    fitted = scale_schedule(base, flags.values.get("epochs", config.epochs))
+    given = flatten(file) | flags.values
+    notes = [
+        f"optim.{name} is {getattr(fitted.optim, name):g}, in proportion to the epochs: the recipe {base.recipe} has "
+        f"{getattr(base.optim, name):g} of {base.epochs}"
+        for name in ("warmup_epochs", "cooldown_epochs")
+        if getattr(fitted.optim, name) != getattr(base.optim, name) and f"optim.{name}" not in given
+    ]
+    return _with_flags(_merged(fitted.to_dict(), file), flags), notes
+
+
+def _with_file(base: RunConfig, file: Mapping[str, Any], flags: Flags) -> RunConfig:
     try:
-        return RunConfig.from_dict(_merged(base.to_dict(), values))
+        return RunConfig.from_dict(_merged(base.to_dict(), file))
     except ValueError as error:
-        raise ValueError(f"--config {file}: {error}; see `mpvg train --print_config`") from error
+        raise ValueError(f"--config {flags.options.config}: {error}; see `mpvg train --print_config`") from error
+
+
+def _with_flags(values: Mapping[str, Any], flags: Flags) -> RunConfig:
+    given: dict[str, Any] = {}
+    for name, value in flags.values.items():
+        part, _, inner = name.rpartition(".")
+        (given.setdefault(part, {}) if part else given)[inner] = value
+    return RunConfig.from_dict(_merged(values, given))
 
 
 def _read_config_file(file: str) -> dict[str, Any]:
-    """The keys of a YAML file, which may be the config.yaml of a run."""
-    import yaml
-
+    """The keys of a YAML file, which may be the config.yaml of a run, or a pipe: it is read once."""
+    hint = "see `mpvg train --print_config`"
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--config {file} is not readable YAML ({reason}); see `mpvg train --print_config`") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {file} holds no keys; see `mpvg train --print_config`")
-    format = values.pop("format", FORMAT)
-    if format not in range(1, FORMAT + 1):
-        raise ValueError(
-            f"--config {file} has format {format}, and this version of mpvg reads 1 to {FORMAT}; update mpvg"
-        )
+        content = read_given(file, MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {file} is not readable YAML ({error}); {hint}") from error
+    values = parse_config(content, f"--config {file}", FORMAT, hint, default=FORMAT)
+    for key in ("recipe", "data"):
+        if not isinstance(values.get(key, ""), str):
+            raise ValueError(f"--config {file}: {key} is {values[key]!r}; allowed: a name, as text")
     return values
 
 
@@ -95,42 +116,9 @@ def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for name, value in values.items():
         inner = base.get(name)
-        is_part = isinstance(inner, dict) and isinstance(value, dict) and name not in ("method", "task_options")
+        is_part = isinstance(inner, dict) and isinstance(value, dict) and name not in FREE
         merged[name] = {**inner, **value} if is_part and inner is not None else value
     return merged
-
-
-def _parse_flags(base: RunConfig, arguments: list[str]) -> RunConfig:
-    """Puts the flags on top of a base."""
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="mpvg train",
-        exit_on_error=False,
-        allow_abbrev=False,
-        usage="mpvg train [--data DATA] [--method METHOD] [--out RUN] [options] | mpvg train --resume RUN",
-        description=DESCRIPTION,
-    )
-    parser.add_argument("--config", help="YAML file with any of the options below; the flags win over it.")
-    parser.add_argument("--print_config", action="store_true", help="Print the resulting config as YAML and exit.")
-    parser.add_argument("--resume", help="Run folder to continue, to the same bits as if it had not been interrupted.")
-    parser.add_argument(
-        "--auto_resume",
-        action="store_true",
-        help="Continue the run in --out if there is one: for commands that are restarted.",
-    )
-    parser.add_class_arguments(RunConfig, as_group=True)
-    parser.set_defaults(base.to_dict())
-    for action in parser._actions:
-        action.required = False  # the recipe has given every value; the help should not say otherwise
-    try:
-        values = parser.parse_args(arguments).as_dict()
-    except ArgumentError as error:
-        raise ValueError(_explain(str(error), base)) from error
-    for name in ("config", "print_config", "resume", "auto_resume"):
-        del values[name]
-    return RunConfig.from_dict(values)
 
 
 def _print_config(config: RunConfig) -> int:
@@ -140,28 +128,39 @@ def _print_config(config: RunConfig) -> int:
     return 0
 
 
-def _explain(message: str, base: RunConfig) -> str:
-    """A refusal as one line, with the nearest option where one does not exist."""
-    message = " ".join(message.split())
-    message = re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "")
-    message = re.sub(r"Group '(\w+)' does not accept option '([\w.]+)'", r"Option '\1.\2' is not accepted", message)
-    keys = [f"{a}.{b}" for a, part in base.to_dict().items() if isinstance(part, dict) for b in part]
-    keys += list(base.to_dict())
-    unknown = "unrecognized" in message or "accept" in message
-    for word in message.replace("'", " ").replace("--", " ").split() if unknown else ():
-        if word not in keys and (near := difflib.get_close_matches(word, keys, n=1, cutoff=0.75)):
-            return f"{message}; did you mean {near[0]}?"
-    return f"{message}; see `mpvg train --help`"
+def _print_plan(config: RunConfig, notes: list[str], *, measure: bool) -> int:
+    from mpvg import training
+
+    lines = training.plan(config, measure=measure)
+    if _is_first():
+        say(*notes, *lines)
+    return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the process that prints, of torchrun's several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_summary(config: RunConfig, summary: Mapping[str, Any], path: str) -> None:
-    if os.environ.get("RANK", "0") != "0":  # torchrun's: only one of several processes prints
+    if not _is_first():
         return
     from mpvg.tasks import describe_metrics, task_class
 
     metrics = ", ".join(describe_metrics(task_class(config.task), summary))
-    print(
-        f"done: {metrics}, {summary['images_per_second']:.0f} images/s; weights in "
-        f"{path}/checkpoints/last/model.safetensors"
+    done = f"done: {metrics}, {summary['images_per_second']:.0f} images/s"
+    say(f"{done}; weights in {path}/checkpoints/last/model.safetensors")
+    recipes = [make() for name, make in RECIPES.items() if name == config.recipe]
+    if recipes and config.epochs < recipes[0].epochs:
+        say(
+            f"This is a short run: {config.epochs} of the {recipes[0].epochs} epochs of the recipe {config.recipe}. "
+            "Expect clearly less than from a complete one; methods cannot be compared on it."
+        )
+    run = shlex.quote(path)
+    say(
+        "next:",
+        f"  mpvg evaluate {run}          scores it again, beside its best epoch",
+        f"  mpvg predict {run} IMAGE     names what is in images",
+        f"  mpvg analyze {run}           shows what the PE does in it: report.html",
+        f"  mpvg plot {run}              draws its curve; give several runs to compare them",
     )

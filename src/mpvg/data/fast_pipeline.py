@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -34,7 +35,8 @@ def fast_pipeline(config: RunConfig, info: DataInfo, device: torch.device) -> Pi
     except ValueError as error:
         raise ValueError(f"{error}; or any timm string with --augment.pipeline auto") from error
     crop, rest_on_device = Crop(config.augment, info.img_size), BatchAugment(augment, config.augment.repeats)
-    return Pipeline(crop, collate_images, decode=read_pixels, device_transform=rest_on_device)
+    decode = partial(read_pixels, orientation=config.orientation)
+    return Pipeline(crop, collate_images, decode=decode, device_transform=rest_on_device)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ data are loaded: `datasets` itself refuses data sets that come with a script.
 """
 
 import io
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from mpvg.config import RunConfig
-from mpvg.data.images import ImageFiles
-from mpvg.data.listing import Classes, Listing
+from mpvg.data.listing import Classes, Found, Listing, list_splits
+from mpvg.data.rules import MAX_BYTES
 from mpvg.data.types import Split
+from mpvg.files import check_regular
 
 NAME = "hfds"
 """Before the first slash of `--data`, as in timm."""
@@ -28,15 +30,18 @@ def open_hub(config: RunConfig, splits: Sequence[Split], class_names: Classes | 
     """
     tables = _load(config)
     held_out = next((split for split in _VAL if split in tables), None)
-    if "train" not in tables or held_out is None:
+    if "train" not in tables or (held_out is None and not config.val_share):
         raise ValueError(
-            f"data {config.data!r} has the splits {', '.join(tables)}; "
-            f"needed: train, and one of {', '.join(_VAL)}; rename its own, or add what is missing"
+            f"data {config.data!r} has the splits {', '.join(tables)}; needed: train, and one of {', '.join(_VAL)}; "
+            "rename its own, or add what is missing; --val_share 0.1 holds out a share of train"
         )
     names, numbers = _classes(config.data, tables["train"])
-    where: dict[Split, str] = {"train": "train", "val": held_out}
-    sources = {split: _labelled(config.data, where[split], tables[where[split]], numbers) for split in splits}
-    return Listing(class_names=tuple(names), train=sources.get("train"), val=sources.get("val"))
+
+    def list_one(split: Split) -> Found:
+        own = "train" if split == "train" or held_out is None else held_out
+        return _labelled(config.data, own, tables[own], tuple(names), numbers)
+
+    return list_splits(config, splits, class_names, list_one, has_val=held_out is not None, by_label=True)
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,30 @@ class Rows:
     """`datasets.Dataset` of the one column `image`. Its bytes lie in mapped files, which all workers share."""
     where: str
     """What messages call the table."""
+    rows: "np.ndarray[Any, Any] | None" = None
+    """Numbers of the rows that are read, in that order; None: all."""
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) if self.rows is None else len(self.rows)
 
     def name(self, index: int) -> str:
-        return f"in row {index} of {self.where}"
+        return f"in row {self._row(index)} of {self.where}"
 
     def open(self, index: int) -> str | BinaryIO:
-        image = self.table[index]["image"] or {"bytes": None, "path": None}
+        image = self.table[self._row(index)]["image"] or {"bytes": None, "path": None}
         if image["bytes"] is not None:
             return io.BytesIO(image["bytes"])
         if image["path"] is None:
             raise ValueError("it has neither bytes nor a path")
         path: str = image["path"]
+        check_regular(path, limit=MAX_BYTES)
         return path
+
+    def select(self, indices: "np.ndarray[Any, Any]") -> "Rows":
+        return replace(self, rows=indices if self.rows is None else self.rows[indices])
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
 
 
 def _load(config: RunConfig) -> Any:
@@ -70,8 +84,13 @@ def _load(config: RunConfig) -> Any:
         import datasets
     except ImportError as error:
         raise ModuleNotFoundError(f"data {config.data!r} needs datasets ({error}); pip install 'mpvg[data]'") from error
+    name = config.data.removeprefix(f"{NAME}/")
+    for folder, _, files in os.walk(name):
+        for file in files:  # its readers would wait for a pipe
+            if os.path.exists(path := os.path.join(folder, file)):
+                check_regular(path)
     try:
-        return datasets.load_dataset(config.data.removeprefix(f"{NAME}/"), cache_dir=config.loader.root)
+        return datasets.load_dataset(name, cache_dir=config.loader.root)
     except Exception as error:  # it reads files of many formats, and raises whatever their readers raise
         missing = isinstance(error, FileNotFoundError | ConnectionError)
         raise (FileNotFoundError if missing else ValueError)(
@@ -115,7 +134,7 @@ def _labels(data: str, split: str, table: Any) -> "np.ndarray[Any, Any]":
     return labels
 
 
-def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]") -> ImageFiles:
+def _labelled(data: str, split: str, table: Any, titles: tuple[str, ...], numbers: "np.ndarray[Any, Any]") -> Found:
     from datasets import Image
 
     labels = _labels(data, split, table)
@@ -125,5 +144,37 @@ def _labelled(data: str, split: str, table: Any, numbers: "np.ndarray[Any, Any]"
             f"label {unknown[0]} is in split {split!r} of data {data!r}, but is not among the {len(numbers)} classes; "
             "give every row one of them, or leave the row out"
         )
+    names, sizes = _names_and_sizes(table.data.column("image"), os.path.abspath(data.removeprefix(f"{NAME}/")))
     images = table.select_columns("image").cast_column("image", Image(decode=False))
-    return ImageFiles(Rows(images, f"{split} of {data}"), np.searchsorted(numbers, labels))
+    return Found(
+        where=f"split {split!r} of data {data!r}",
+        classes=tuple(map(str, numbers)),
+        titles=titles,
+        labels=np.searchsorted(numbers, labels),
+        names=names,
+        sizes=sizes,
+        files=Rows(images, f"{split} of {data}"),
+    )
+
+
+def _names_and_sizes(column: Any, root: str) -> "tuple[list[str], np.ndarray[Any, Any]]":
+    """The names of the files in a column of images, or their rows where names are missing or not unique; and bytes."""
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    paths = pc.struct_field(column, "path").to_pylist()
+    below = root + os.sep
+    names = [p.removeprefix(below) if p.startswith(below) else os.path.basename(p) for p in paths if p]
+    if len(set(names)) < len(column):
+        names = [f"row {row}" for row in range(len(column))]
+    sizes = pc.binary_length(pc.struct_field(column, "bytes")).fill_null(-1).to_numpy()
+    return names, np.array(
+        [_size(path) if size < 0 and path else size for size, path in zip(sizes.tolist(), paths, strict=True)],
+        dtype=np.int64,
+    )
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1

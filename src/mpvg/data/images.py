@@ -1,26 +1,51 @@
-"""Image files and the two ways to decode them: by PIL, or to a tensor for the fast pipeline."""
+"""Image files and the two ways to decode them: by PIL, or to a tensor for the fast pipeline.
 
+This is the one place where a file becomes 8-bit pixels: for training, evaluation and predictions alike.
+"""
+
+import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from mpvg.data.metadata import find_orientation, without_metadata
+from mpvg.data.rules import open_bounded, read_bounded
 from mpvg.data.types import Decoder, Sample
 
 # By content, not by name: PIL would pass a PostScript file that is called .jpg to Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_ASPECT = 1000
+_WEBP_SHARE = 0.75  # of PIL's limit of pixels: its decoder of WebP holds four copies of the picture
+_ROWS = 1024  # of a picture, copied at a time
 _JPEG = b"\xff\xd8\xff"
 _COLORS = ("YCbCr", "Gray", "RGB")
+_BITS, _COMPRESSION, _PHOTOMETRIC = 258, 259, 262  # TIFF tags
+_RAW, _WHITE_IS_ZERO, _YCBCR = 1, 0, 6  # and their values
+# Orientation -> what makes a picture upright: PIL's method; and of a tensor, whether its sides are exchanged, and then
+# along which dimensions it is flipped.
+_TURNS: dict[int, tuple[Image.Transpose, bool, tuple[int, ...]]] = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, (2,)),
+    3: (Image.Transpose.ROTATE_180, False, (1, 2)),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, (1,)),
+    5: (Image.Transpose.TRANSPOSE, True, ()),
+    6: (Image.Transpose.ROTATE_270, True, (2,)),
+    7: (Image.Transpose.TRANSVERSE, True, (1, 2)),
+    8: (Image.Transpose.ROTATE_90, True, (1,)),
+}
+
+File = str | os.PathLike[str] | BinaryIO
+Orientation = Literal["exif", "stored"]
 
 
 class Files(Protocol):
@@ -36,31 +61,118 @@ class Files(Protocol):
         """An image file, by name or opened at its beginning."""
 
 
-def read_image(file: str | BinaryIO) -> Image.Image:
-    """Reads an image file whole, by name or opened, as RGB.
+def read_image(file: File, orientation: Orientation = "exif") -> Image.Image:
+    """Reads an image file whole, by name or opened, as 8-bit RGB.
+
+    The first image of an animation counts; transparency is left out.
+
+    Args:
+        file: a regular file of at most `mpvg.data.rules.MAX_BYTES`.
+        orientation: "exif" turns the picture upright, as its EXIF data say; "stored" leaves it as torchvision and timm
+            do. PIL turns TIFF by itself.
 
     Raises:
         OSError: it is missing, truncated or not an image.
-        ValueError: its aspect ratio is too large for a resize.
+        ValueError: it is not a regular file, it is too large or made to exhaust its reader, its values have no known
+            range, or its aspect ratio is too large for a resize.
         Image.DecompressionBombWarning: it has too many pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file, formats=_FORMATS) as image:
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(
-                    f"{image.width}x{image.height} is too elongated to resize; allowed: aspect up to {MAX_ASPECT}"
-                )
-            return image.convert("RGB")
+    data, exif = _read(file)
+    return _decode(data, exif, orientation)
 
 
-def read_pixels(file: str | BinaryIO) -> Tensor:
+def read_pixels(file: File, orientation: Orientation = "exif") -> Tensor:
     """Reads an image file whole, by name or opened at its beginning, as RGB (3, H, W), uint8.
 
     The values, refusals and errors are those of `read_image`.
     """
-    pixels = _decode_jpeg(file)
-    return functional.pil_to_tensor(read_image(file)) if pixels is None else pixels
+    data, exif = _read(file)
+    pixels = _decode_jpeg(data)
+    if pixels is None:
+        return _to_tensor(_decode(data, exif, orientation))
+    found = find_orientation(exif)
+    if orientation == "exif" and found in _TURNS:
+        _, exchange, flips = _TURNS[found]
+        pixels = (pixels.transpose(1, 2) if exchange else pixels).flip(flips)
+    return pixels
+
+
+def to_8bit(image: Image.Image) -> Image.Image:
+    """The image in a mode of 8 bits a channel, from which PIL converts to any other without loss of range.
+
+    16-bit gray is divided by 257. Where the range of the values is not known, they cannot be scaled.
+
+    Raises:
+        ValueError: the values are signed, of 32 bits or floating-point, or PIL cannot tell what they mean.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        maximum = 4095 if tags.get(_BITS) == (12,) else 65535
+        return image.convert("I").point(_levels(maximum, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO), "L")
+    if image.mode == "I" and image.format == "PPM":  # PIL has stretched its range to 65535
+        return image.point(_levels(65535, False), "L")
+    if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION) == _RAW:
+        raise ValueError("it is an uncompressed TIFF of YCbCr, which PIL takes for four colors; save it as RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ValueError(
+            f"it holds {kind} values, of which the range is not known; save it with 8 or 16 bits, without a sign"
+        )
+    if image.mode == "P" and "transparency" in image.info:  # PIL warns where there are several transparent colors
+        return image.convert("RGBA")
+    return image
+
+
+@cache
+def _levels(maximum: int, inverted: bool) -> list[int]:
+    """The 8-bit level of each 16-bit value."""
+    levels = [min(255, round(value * 255 / maximum)) for value in range(65536)]
+    return [255 - level for level in levels] if inverted else levels
+
+
+def _read(file: File) -> tuple[bytes, bytes]:
+    """An image file without metadata, and the EXIF data of a JPEG."""
+    with open_bounded(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as opened:
+        data = read_bounded(opened, file if isinstance(file, str | os.PathLike) else "it")
+    return without_metadata(data)
+
+
+def _decode(data: bytes, exif: bytes, orientation: Orientation) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of damaged TIFF tags, once for each
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _open(data) as image:
+            _check_shape(image)
+            image.load()
+            rgb = to_8bit(image)
+            if rgb.mode != "RGB":  # it would be copied
+                rgb = rgb.convert("RGB")
+            found = find_orientation(exif or image.info.get("exif", b""))
+    return rgb.transpose(_TURNS[found][0]) if orientation == "exif" and found in _TURNS else rgb
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """As `pil_to_tensor`, some rows at a time: it holds three more copies of the picture."""
+    pixels = torch.empty((image.height, image.width, 3), dtype=torch.uint8)
+    for top in range(0, image.height, _ROWS):
+        rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+        pixels[top : top + _ROWS] = functional.pil_to_tensor(rows).permute(1, 2, 0)
+    return pixels.permute(2, 0, 1)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise UnidentifiedImageError(f"cannot identify image file; allowed: {', '.join(_FORMATS)}") from error
+
+
+def _check_shape(image: Image.Image) -> None:
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width}x{image.height} is too elongated to resize; allowed: aspect up to {MAX_ASPECT}")
+    limit = int(_WEBP_SHARE * (Image.MAX_IMAGE_PIXELS or math.inf)) if image.format == "WEBP" else math.inf
+    if image.width * image.height > limit:
+        raise ValueError(f"a WebP image of {image.width}x{image.height} is too large; allowed: {limit} pixels")
 
 
 @cache  # a failing import would search the whole path again for every image
@@ -72,17 +184,11 @@ def _simplejpeg() -> Any:
     return simplejpeg
 
 
-def _decode_jpeg(file: str | BinaryIO) -> Tensor | None:
+def _decode_jpeg(data: bytes) -> Tensor | None:
     """Decodes a color or gray JPEG with simplejpeg; None: it is not installed, or the file is left to PIL."""
     simplejpeg = _simplejpeg()
-    if simplejpeg is None:
+    if simplejpeg is None or not data.startswith(_JPEG):
         return None
-    with open(file, "rb") if isinstance(file, str) else nullcontext(file) as opened:
-        # PIL reads the other kinds itself, so only the beginning of such a file is read twice.
-        if opened.read(len(_JPEG)) != _JPEG:
-            return None
-        opened.seek(0)  # `_JPEG + read()` would copy the data
-        data = opened.read()
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         small = height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)

@@ -2,7 +2,7 @@
 
 import gzip
 import math
-import pickle
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mpvg.data.inert_pickle import InertArray, load_inert
+from mpvg.data.rules import open_bounded, read_bounded
 from mpvg.data.types import Split
 
 CACHE = Path("~/.cache/mpvg")
@@ -110,7 +112,8 @@ def read_fashion_mnist(root: str | None, splits: Sequence[Split]) -> Contents:
 class Cifar:
     """Names of the files and fields of a CIFAR set; called, it reads them (32x32 RGB, 50,000 + 10,000).
 
-    The binary version is preferred; the python version is read by an unpickler that can build arrays and nothing else.
+    The binary version is preferred; the python version is read by an unpickler that builds numbers, text, lists and
+    arrays of bytes, and nothing else.
     """
 
     name: str
@@ -151,7 +154,7 @@ class Cifar:
         return Contents(self._class_names(folder / meta), **parts)
 
     def _read_binary(self, path: Path) -> Tensors:
-        body = np.frombuffer(path.read_bytes(), np.uint8)
+        body = np.frombuffer(_read_whole(path), np.uint8)
         record = self.label_bytes + 3072
         if len(body) == 0 or len(body) % record:
             raise ValueError(f"{path} has {len(body)} bytes; a whole file has a multiple of {record}; get it again")
@@ -162,7 +165,8 @@ class Cifar:
     def _read_pickle(self, path: Path) -> Tensors:
         values = _load_pickle(path)
         data, labels = values.get("data"), values.get(self.label_key)
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+        data = data.to_numpy() if isinstance(data, InertArray) else None
+        if data is None or data.shape[1:] != (3072,):
             raise ValueError(f"{path} must hold 'data', a uint8 array (N, 3072); get it again")
         if not isinstance(labels, list) or not all(label in range(self.num_classes) for label in labels):
             raise ValueError(
@@ -172,10 +176,14 @@ class Cifar:
 
     def _class_names(self, path: Path) -> tuple[str, ...]:
         if path.name == self.binary_meta:
-            names = path.read_text("utf-8", "replace").split()
+            names: Any = _read_whole(path).decode("utf-8", "replace").split()
         else:
-            names = _load_pickle(path).get(self.names_key, [])
-        if len(names) != self.num_classes or not all(isinstance(name, str) for name in names):
+            names = _load_pickle(path).get(self.names_key)
+        if (
+            not isinstance(names, list)
+            or len(names) != self.num_classes
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ValueError(f"{path} must hold the names of {self.num_classes} classes; get it again")
         return tuple(names)
 
@@ -221,7 +229,8 @@ def _download(dataset: str) -> str:
 
 def _find(name: str, candidates: Sequence[tuple[Path, FileNames]], how: str) -> tuple[Path, FileNames]:
     """The first folder that has all of the files, plain or gzipped."""
-    candidates = [(folder.expanduser(), files) for folder, files in candidates]
+    # os.path's leaves ~ as it is where there is no home; pathlib's raises.
+    candidates = [(Path(os.path.expanduser(folder)), files) for folder, files in candidates]
     for folder, files in candidates:
         if all((folder / file).is_file() or (folder / f"{file}.gz").is_file() for file in files):
             return folder, files
@@ -266,25 +275,18 @@ def _read_idx(path: Path, item: tuple[int, ...]) -> Bytes:
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numbers, text, containers and numpy arrays; refuses every other name before it is imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return np.empty(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays and lists are allowed")
+def _read_whole(path: Path) -> bytes:
+    with open_bounded(path) as file:
+        return read_bounded(file, path)
 
 
 def _load_pickle(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        try:
-            values = _ArrayUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a damaged or hostile pickle can raise anything
-            raise ValueError(f"{path} is refused: {error}; get it again, or use the binary version") from error
+    body = _read_whole(path)
+    try:
+        values = load_inert(body)
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is refused: {reason}; get it again, or use the binary version") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is refused: it must hold a dict, not a {type(values).__name__}; get it again")
     return values

@@ -9,6 +9,31 @@ from torch import Tensor
 from mpvg.seeding import derive_seed
 
 
+def describe_left_out(size: int, batch_size: int, repeats: int = 1) -> str | None:
+    """What an epoch of training leaves out, in a sentence, with the cure; None: nothing.
+
+    Args:
+        size: images of the training set, at least a batch.
+        batch_size: images of a batch, over all processes.
+        repeats: copies of each drawn image per epoch.
+    """
+    read = -(-(size // batch_size * batch_size) // repeats)
+    if read == size:
+        return None
+    said = f"{size - read} of {size} images are left out of each epoch, others each time"
+    if repeats > 1:
+        return f"{said}: augment.repeats {repeats} reads each drawn image {repeats} times"
+    # Half as small at most: a much smaller batch would train another network. Even, as mixup needs it.
+    sizes = range(batch_size, batch_size // 2 - 1, -2 if batch_size % 2 == 0 else -1)
+    best = min(sizes, key=lambda b: size % b if b else size)
+    cure = (
+        f"a batch_size of {best} leaves out {size % best}"
+        if best != batch_size
+        else "no batch_size near it does better"
+    )
+    return f"{said}: batch_size {batch_size} leaves an incomplete batch; {cure}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchOrder:
     """Which samples make up which batch on one process.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torchvision.transforms.v2 import functional
 
 from mpvg.config import RunConfig
 from mpvg.data.device_augment import DeviceAugment, normalize
+from mpvg.data.images import to_8bit
+from mpvg.data.inventory import Inventory
 from mpvg.data.listing import Classes, Listing
 from mpvg.data.named_sets import NAMED_SETS, Tensors
 from mpvg.data.order import BatchOrder
@@ -31,6 +34,7 @@ def open_named(config: RunConfig, splits: Sequence[Split], class_names: Classes 
         std=named.std,
         train=sources.get("train"),
         val=sources.get("val"),
+        inventories={split: source.inventory() for split, source in sources.items()},
     )
 
 
@@ -51,6 +55,11 @@ class TensorSource:
 
     def read(self, index: int) -> Sample:
         return Sample(functional.to_pil_image(self.images[index]), int(self.targets[index]))
+
+    def inventory(self) -> Inventory:
+        """Which samples these are, by hashes of their bytes."""
+        hashes = (blake2b(image.tobytes(), digest_size=8).hexdigest() for image in self.images.numpy())
+        return Inventory.of(self.targets.tolist(), hashes, map(self.name, range(len(self))))
 
     def select(self, indices: Sequence[int]) -> "TensorSource":
         """The samples of some numbers, in that order."""
@@ -92,6 +101,7 @@ class TensorBatches:
     def __init__(self, source: TensorSource, pipeline: DevicePipeline, order: BatchOrder, device: torch.device) -> None:
         self._images, self._targets = source.images.to(device), source.targets.to(device)
         self._pipeline, self._order = pipeline, order
+        self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -112,7 +122,7 @@ class ResizeAndNormalize:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Returns the normalized image (C, H, W)."""
-        pixels = functional.pil_to_tensor(image.convert("L" if self.info.in_chans == 1 else "RGB"))
+        pixels = functional.pil_to_tensor(to_8bit(image).convert("L" if self.info.in_chans == 1 else "RGB"))
         return normalize(_resize(pixels[None], self.info.img_size), self.info)[0]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from mpvg.config import AugmentConfig, RunConfig
 from mpvg.data import tensors
 from mpvg.data.fast_pipeline import fast_pipeline
+from mpvg.data.images import read_image, to_8bit
 from mpvg.data.loader import collate_images
 from mpvg.data.named_sets import DATASETS
 from mpvg.data.types import DataInfo, DevicePipeline, Pipeline, Preprocess, Sample, Split
@@ -37,11 +39,11 @@ def image_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torc
         )
     if on_device:
         return tensors.device_pipeline(config, info, split, device)
-    if split == "val":
-        return Pipeline(TransformImage(make_preprocess(info)), collate_images)
-    if chosen == "fast":
+    if split == "train" and chosen == "fast":
         return fast_pipeline(config, info, device)
-    return Pipeline(TransformImage(train_transform(config.augment, info)), collate_images)
+    transform = make_preprocess(info) if split == "val" else train_transform(config.augment, info)
+    decode = None if named else partial(read_image, orientation=config.orientation)
+    return Pipeline(TransformImage(transform), collate_images, decode=decode)
 
 
 def make_preprocess(info: DataInfo) -> Preprocess:
@@ -73,7 +75,7 @@ class ToRGB:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Returns the normalized image (C, H, W)."""
-        return self.transform(image.convert("RGB"))
+        return self.transform(to_8bit(image).convert("RGB"))
 
 
 def train_transform(config: AugmentConfig, info: DataInfo) -> Callable[[Image.Image], Tensor]:

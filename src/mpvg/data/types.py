@@ -4,13 +4,15 @@ A format (`register_format`) lists a data set's files and gives a `Source` per s
 a source into batches; `open_split` joins the two, with one order, one way of seeding and one handling of failures.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from mpvg.data.inventory import Inventory
 
 Split = Literal["train", "val"]
 Decoder = Callable[[Any], Any]
@@ -89,8 +91,12 @@ class ImageBatch(NamedTuple):
 class Batches(Protocol[B_co]):
     """The batches of one split, read in passes."""
 
-    skipped: int
-    """Corrupt images skipped so far; one that is met twice counts twice."""
+    unreadable: set[int]
+    """Numbers of the samples that could not be read so far; a resumed run puts those in that it knows of."""
+
+    @property
+    def skipped(self) -> int:
+        """How many these are: one that is met twice counts once."""
 
     def __len__(self) -> int:
         """Batches per epoch on this process."""
@@ -163,6 +169,10 @@ class DataInfo:
     """Images from files, evaluation: side of the center crop divided by the shorter side of the resized image."""
     pipeline: str = "auto"
     """The run's `augment.pipeline`."""
+    train_hash: str | None = field(default=None, compare=False)
+    """Hash of names, sizes and targets of the training samples; None: unknown, as in runs made before it existed."""
+    val_hash: str | None = field(default=None, compare=False)
+    """The same of the validation samples."""
 
     def __post_init__(self) -> None:
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -184,6 +194,8 @@ class Data:
     info: DataInfo
     train: Batches[Any]
     val: Batches[Any]
+    inventories: Mapping[Split, Inventory] = field(default_factory=dict)
+    """What the hashes in `info` are of, to name the first sample that differs."""
 
 
 Preprocess = Callable[[Image.Image], Tensor]

@@ -1,7 +1,7 @@
 """Networks that receive a delivered position embedding (PE); the import registers them with timm as `mpvg_<name>`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 from torch import nn
@@ -13,7 +13,8 @@ from mpvg.models import t2t_vit as t2t_vit
 from mpvg.models import vit as vit
 from mpvg.models import vit_lite as vit_lite
 from mpvg.models.checkpoints import LoadReport, load_checkpoint
-from mpvg.models.convert import create_converted
+from mpvg.models.convert import CONVERTED, create_converted, pretrained_mean_std
+from mpvg.models.convert import TIMM as TIMM
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 from mpvg.validation import unknown_name
 
@@ -23,15 +24,13 @@ if TYPE_CHECKING:
     # mypy checks here that every family has the type; CeiT, T2T-ViT and ViT-Lite inherit from the first.
     _NETWORKS: tuple[type[DeliveredNetwork], ...] = (DeliveredVisionTransformer, swin.DeliveredSwinTransformer)
 
-__all__ = ["LoadReport", "create_model", "load_checkpoint", "model_names"]
-
-TIMM = "timm/"
-"""Prefix of the name of a converted timm network."""
+__all__ = ["LoadReport", "create_model", "load_checkpoint", "model_names", "pretrained_mean_std"]
 
 
 def model_names() -> list[str]:
     """Returns the names that `create_model` accepts."""
-    return sorted(name.removeprefix("mpvg_") for name in timm.list_models("mpvg_*"))
+    names = timm.list_models("mpvg_*", exclude_filters=f"mpvg_{CONVERTED}")
+    return sorted(name.removeprefix("mpvg_") for name in names)
 
 
 def create_model(
@@ -70,9 +69,17 @@ def create_model(
     names = model_names()
     if name not in names:
         raise ValueError(unknown_name("model", name, names))
-    model = timm.create_model(
-        f"mpvg_{name}", method=as_spec(method), num_classes=num_classes, pos_std=pos_std, **kwargs
-    )
+    as_spec(method)  # refuses it before the network is built
+    # timm writes the arguments into the config of save_for_hf, as JSON.
+    kwargs |= {"method": method if isinstance(method, str) else as_spec(method).to_dict(), "num_classes": num_classes}
+    try:
+        model: Any = timm.create_model(f"mpvg_{name}", pos_std=pos_std, **kwargs)
+    except RuntimeError as error:
+        if "No pretrained weights exist" not in str(error):
+            raise
+        raise ValueError(f"mpvg_{name} has no pretrained weights to download; give checkpoint_path=FILE") from error
+    if hasattr(model, "adapts_first_load"):
+        model.adapts_first_load = False
     if checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)
-    return model
+    return cast(nn.Module, model)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
 from mpvg.delivery import Method, as_spec
-from mpvg.models.checkpoints import Layout
+from mpvg.models.layouts import Layout
 from mpvg.models.registry import register
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 
@@ -104,9 +104,42 @@ class CeiT(DeliveredVisionTransformer):
         if hasattr(self, "pos_layer_embed"):  # it does not exist yet when timm's constructor calls this
             nn.init.zeros_(self.pos_layer_embed)
 
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """As timm's method; `(B, D)`, the output of the LCA, is returned unchanged."""
-        return x if x.ndim == 2 else super().pool(x, pool_type)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """As timm's method, without pooling if the read-out is over layers: `x` is the LCA's output `(B, D)`."""
+        if self.read_from == "tokens":
+            return super().forward_head(x, pre_logits)
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As DeliveredVisionTransformer; the Last LN is not for tokens if the read-out is over layers.
+
+        Raises:
+            ValueError: the Last LN is asked for on tokens.
+        """
+        early = stop_early and feature_take_indices(len(self.blocks), indices)[1] + 1 < len(self.blocks)
+        if self.read_from == "layers" and (norm or (early and not intermediates_only)):
+            raise ValueError(
+                "norm=True, or stop_early=True before the last layer, asks for the Last LN on tokens, but the Last LN "
+                "of a CeiT normalizes the output of its LCA, one vector per image; allowed: norm=False, and "
+                "stop_early=True together with intermediates_only=True"
+            )
+        outputs = output_fmt, intermediates_only, output_dict
+        return super().forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, *outputs, attn_mask, is_causal
+        )
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -129,9 +162,9 @@ class CeiT(DeliveredVisionTransformer):
         Raises:
             ValueError: another read-out is asked for.
         """
-        if self.read_from == "layers" and global_pool not in (None, self.global_pool):
+        if self.read_from == "layers" and global_pool not in (None, "", self.spec.pool):
             raise ValueError(
-                f"global_pool is {global_pool!r}; allowed: None, {self.global_pool!r}, as the method says, because "
+                f"global_pool is {global_pool!r}; allowed: None, {self.spec.pool!r}, as the method says, because "
                 "the read-out is over layers; for tokens, use forward_intermediates"
             )
         super().reset_classifier(num_classes, global_pool)
@@ -166,20 +199,12 @@ class CeiT(DeliveredVisionTransformer):
         if self.read_from == "tokens" or (stop is not None and stop < depth):
             return super()._encode(image, attn_mask, is_causal, take, stop)
         _, last, layers = super()._encode(image, attn_mask, is_causal, range(depth))
-        vectors = torch.stack([self.pool(tokens) for tokens in layers], dim=1)  # (B, L, D)
+        pool = self.spec.pool  # also with global_pool="", which leaves only tokens unpooled
+        vectors = torch.stack([self.pool(tokens, pool) for tokens in layers], dim=1)  # (B, L, D)
         # In a folded network the Last LN's beta contains the mean of `last` over the tokens.
-        last = None if last is None or self.delivery.last_mean_folded else self.pool(last)
+        last = None if last is None or self.delivery.last_mean_folded else self.pool(last, pool)
         taken = [tokens for layer, tokens in enumerate(layers) if layer in take]
         return self.lca(vectors + self.pos_layer_embed), last, taken
-
-    def _last_norm(self, x: Tensor, last: Tensor | None) -> Tensor:
-        if self.read_from == "layers" and x.ndim == 3:
-            raise ValueError(
-                "norm=True, or stop_early=True before the last layer, asks for the Last LN on tokens, but the Last LN "
-                "of a CeiT normalizes the output of its LCA, one vector per image; allowed: norm=False, and "
-                "stop_early=True together with intermediates_only=True"
-            )
-        return super()._last_norm(x, last)
 
 
 class ImageToTokens(PatchEmbed):

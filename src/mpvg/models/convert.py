@@ -1,6 +1,7 @@
 """Converts a timm network into one whose layers and Last LN receive a delivered position embedding (PE)."""
 
 import copy
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,22 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
+from timm.models import parse_model_name, resolve_model_input_args
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from mpvg.delivery import DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
-from mpvg.models.checkpoints import load_pretrained_tensors, read_tensors
-from mpvg.models.registry import check_divisible
+from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
+from mpvg.models.checkpoints import load_source, read_source
+from mpvg.models.registry import IMAGENET, check_divisible, register_builder
 from mpvg.models.vision_transformer import POS_STD, DeliveredBlock, DeliveredVisionTransformer
 from mpvg.validation import unknown_name
+
+_log = logging.getLogger(__name__)
+
+TIMM = "timm/"
+"""Prefix of the name of a converted timm network."""
+CONVERTED = "converted"
+"""Name with timm, after `mpvg_`, of every converted network; its arguments say of what."""
 
 Readout = Literal["keep", "method"]
 Start = Literal["fresh", "preserve"]
@@ -64,7 +73,27 @@ def convert(
     converted.delivery.train(model.training)
     if start == "preserve":
         converted.delivery.reference_pos = converted.pos_embed.detach().clone()
+    converted.remark = _remark(as_spec(method), spec, model)
+    if converted.remark:
+        _log.warning("%s: %s", _name(model), converted.remark)
+    _describe_for_timm(converted, {"method": as_spec(method).to_dict(), "readout": readout, "start": start})
     return converted
+
+
+def _describe_for_timm(converted: Any, conversion: dict[str, Any]) -> None:
+    """Records how the network is built again from a folder of timm's save_for_hf: as timm's `mpvg_converted`."""
+    config = getattr(converted, "pretrained_cfg", None) or {}
+    if not config.get("architecture"):
+        return  # not from timm.create_model
+    arguments = getattr(converted, "_model_args", {})
+    converted._model_args = arguments | {"network": config["architecture"]} | conversion
+    converted.pretrained_cfg = config | {"architecture": f"mpvg_{CONVERTED}"}
+    converted.default_cfg = converted.pretrained_cfg
+
+
+def _build_converted(*, network: str, method: Method, readout: Readout, start: Start, **kwargs: Any) -> nn.Module:
+    """The converted network of a folder that timm's save_for_hf wrote, without its weights."""
+    return convert(timm.create_model(network, **kwargs), method, readout=readout, start=start)
 
 
 def create_converted(
@@ -100,15 +129,42 @@ def create_converted(
             model.pos_embed.mul_(pos_std / POS_STD)
     if checkpoint_path is None:
         return convert(model, method, readout=readout, start=start)
-    tensors = read_tensors(checkpoint_path)
-    body = {key for key in model.state_dict() if not key.startswith("head.")}
-    of_timm = body <= tensors.keys() and not any(key.startswith("delivery.") for key in tensors)
-    if of_timm:  # before the conversion, in which start="preserve" copies the PE
-        load_pretrained_tensors(model, tensors, checkpoint_path)
+    source = read_source(checkpoint_path, model)
+    # What timm's network gives is loaded before the conversion, in which start="preserve" copies the PE. The method's
+    # read-out has no class token, so that what belongs to it is reported by the converted network.
+    of_timm = readout == "keep" and not any(re.search(r"(^|\.)(delivery|pe_norm)\.", name) for name in source.names())
+    if of_timm:
+        load_source(model, source)
     converted = convert(model, method, readout=readout, start=start)
     if not of_timm:
-        load_pretrained_tensors(converted, tensors, checkpoint_path)
+        load_source(converted, source)
     return converted
+
+
+def pretrained_mean_std(name: str, in_chans: int = 3) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The normalization of images that the weights of a timm network were trained with.
+
+    Args:
+        name: as of `create_model`; with a tag of weights, such as ".augreg_in21k", theirs, otherwise those that timm
+            takes by default.
+        in_chans: channels of an image; where the weights have another number, each gets the mean of their values.
+
+    Returns:
+        Mean and standard deviation of each channel, for values in [0, 1]; None: not a network of timm, or not known.
+    """
+    if not name.startswith(TIMM):
+        return None
+    source, network = parse_model_name(name.removeprefix(TIMM))
+    if source is None and not timm.is_model(network.split(".")[0]):
+        return None  # create_model says that it is unknown
+    found = resolve_model_input_args(name.removeprefix(TIMM))["pretrained_cfg"]
+    if not found.get("mean") or not found.get("std"):
+        return None
+    mean, std = (
+        tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+        for values in (found["mean"], found["std"])
+    )
+    return mean, std
 
 
 def _check_convertible(model: Any) -> None:
@@ -145,6 +201,18 @@ def _with_kept_readout(spec: DeliverySpec, model: Any) -> DeliverySpec:
     return replace(spec, last_index=None) if no_row or isinstance(model.norm, nn.Identity) else spec
 
 
+def _remark(asked: DeliverySpec, spec: DeliverySpec, model: Any) -> str:
+    """What the network does not do although the method says so; empty if it does all of it."""
+    if asked.last_index is None or spec.last_index is not None:
+        return ""
+    reason = "it has no LN before its pooling"
+    if not isinstance(model.norm, nn.Identity):
+        reason = "the class token that it reads out has no row in its position embedding"
+    same = next((name for name, known in METHODS.items() if known == spec), None)
+    runs_as = f", which is the method {same}" if same else ""
+    return f"nothing is delivered to the Last LN{runs_as}, because {reason}; readout='method' delivers to it"
+
+
 def _change_readout(model: Any, pool: Pool) -> None:
     """Changes the read-out to the method's: the Last LN on every token, then the class token or the mean."""
     if isinstance(model.norm, nn.Identity):
@@ -167,8 +235,11 @@ def _change_readout(model: Any, pool: Pool) -> None:
 
 def _name(model: Any) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
-    return config.get("architecture") or type(model).__name__
+    return getattr(model, "_model_args", {}).get("network") or config.get("architecture") or type(model).__name__
 
 
 def _convertible_names() -> list[str]:
     return timm.list_models(["vit_*", "deit*"], module="vision_transformer") + timm.list_models(module="deit")
+
+
+register_builder(_build_converted, CONVERTED, IMAGENET | {"input_size": (3, 224, 224)}, {}, 3)

@@ -1,7 +1,7 @@
 """A trained network for inference, in which everything that does not depend on the image is a constant."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def fold(model: nn.Module) -> nn.Module:
             constants would depend on the image.
     """
     _check_foldable(model)
-    folded = copy.deepcopy(model).eval()
+    folded: Any = copy.deepcopy(model).eval()
     network = delivered_network(folded)
     with torch.no_grad():
         delivered = network.deliver(network.raw_pos_embed())
@@ -40,7 +40,10 @@ def fold(model: nn.Module) -> nn.Module:
     # The class swap keeps the network's own forward pass, so that there is no second one, and the subclass replaces
     # only what a folded network does differently.
     folded.__class__ = _folded_class(type(model))
-    return folded.requires_grad_(False).eval()
+    if hasattr(folded, "_model_args"):  # what timm's save_for_hf writes, from which the network is built again
+        folded._model_args = folded._model_args | {"folded": True}
+    folded.requires_grad_(False).eval()
+    return cast(nn.Module, folded)
 
 
 class FoldedDelivery(nn.Module):

@@ -23,6 +23,8 @@ class Delivery(Protocol):
 class DeliveredNetwork(Protocol):
     """What a network of this package has in addition to an nn.Module; see `delivered_network`."""
 
+    remark: str
+    """How the network differs from what the method's name promises; empty if it does not."""
     probe: Probe | None
     """Called with the tokens and the delivered PE of each layer and of the Last LN."""
 
@@ -90,3 +92,12 @@ def delivered_network(model: nn.Module) -> DeliveredNetwork:
             "use mpvg.create_model or mpvg.convert"
         )
     return cast(DeliveredNetwork, model)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of parameters as papers count them: including frozen ones, and constants that were parameters there.
+
+    T2T-ViT's sinusoid and random features are constants here, so that nothing can train them.
+    """
+    constants = [getattr(part, name) for part in module.modules() for name in getattr(part, "constants", ())]
+    return sum(tensor.numel() for tensor in (*module.parameters(), *constants))

@@ -13,7 +13,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
-from mpvg.models.checkpoints import Layout
+from mpvg.models.adapting import LoadReport
+from mpvg.models.layouts import Layout
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
 
@@ -30,7 +31,9 @@ class DeliveredSwinBlock(SwinTransformerBlock):
         if pe is not None:
             # Before the cyclic shift and the windows, so that each token gets the PE of its own position.
             attended = attended + pe.unflatten(1, x.shape[1:3])  # Eqs. (6), (9): MSA(LN_l(x_l) + LN'_l(pos))
-        x = x + self.drop_path1(self._attn(attended))  # type: ignore[no-untyped-call]  # Eq. (2)
+        # timm's attention cannot reshape no windows; a size that is not an int is traced, and not known to be 0.
+        if not isinstance(x.shape[0], int) or x.shape[0] > 0:
+            x = x + self.drop_path1(self._attn(attended))  # type: ignore[no-untyped-call]  # Eq. (2)
         return x + self.drop_path2(self.mlp(self.norm2(x)))  # Eq. (3)
 
 
@@ -84,7 +87,7 @@ class DeliveredSwinTransformer(SwinTransformer):
         method: a method's name or a DeliverySpec.
         pos_std: initial standard deviation of the PE, by rescaling the same draw; None: 0.02.
         drop_path_rate: rate of stochastic depth at the last layer; it increases linearly from 0.
-        **kwargs: timm's arguments, except `global_pool`.
+        **kwargs: timm's arguments; `global_pool` is "avg", or "" for tokens that are not pooled.
 
     Raises:
         ValueError: the network cannot run the method, or an argument is given that the method decides.
@@ -112,6 +115,10 @@ class DeliveredSwinTransformer(SwinTransformer):
 
     num_prefix_tokens = 0
     """Swin has no class token and no registers."""
+    remark = ""
+    """How the network differs from what the method's name promises; empty if it does not."""
+    load_report: LoadReport | None = None
+    """What was loaded from a checkpoint; None: nothing was."""
     probe: Probe | None = None
     """Called with the tokens and the delivered PE of each layer and of the Last LN."""
     spec: DeliverySpec
@@ -125,7 +132,7 @@ class DeliveredSwinTransformer(SwinTransformer):
     def __init__(
         self, method: Method = "mpvg", *, pos_std: float | None = None, drop_path_rate: float = 0.0, **kwargs: Any
     ) -> None:
-        if "global_pool" in kwargs:
+        if kwargs.setdefault("global_pool", "avg") not in ("avg", ""):
             raise ValueError(
                 f"global_pool={kwargs['global_pool']!r}: the method decides it, and Swin has 'avg' only; leave it out"
             )
@@ -133,7 +140,7 @@ class DeliveredSwinTransformer(SwinTransformer):
         traits = NetworkTraits(name="Swin", depth=depth, readouts=("avg",), first_layer=0, uniform_width=False)
         spec = resolve(method, traits)
         check_divisible(kwargs.get("img_size", 224), kwargs.get("patch_size", 4))
-        super().__init__(global_pool=spec.pool, drop_path_rate=drop_path_rate, **kwargs)
+        super().__init__(drop_path_rate=drop_path_rate, **kwargs)
         for block in self.blocks:
             # timm's SwinTransformerStage has no argument for the class of its blocks. The class swap keeps timm's
             # constructor, its weights and its random draws; the subclass changes forward() only.
@@ -336,5 +343,5 @@ _SMALL: dict[str, dict[str, Any]] = {
     },
 }
 
-register(DeliveredSwinTransformer, _SIZES, out_indices=(0, 1, 2, 3), classifier="head.fc")
-register(DeliveredSwinTransformer, _SMALL, out_indices=(0, 1), classifier="head.fc")
+register(DeliveredSwinTransformer, _SIZES, out_indices=(0, 1, 2, 3), classifier="head.fc", pool_size=(7, 7))
+register(DeliveredSwinTransformer, _SMALL, out_indices=(0, 1), classifier="head.fc", pool_size=(7, 7))

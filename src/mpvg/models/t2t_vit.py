@@ -5,12 +5,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import LayerType, to_2tuple
 from torch import Tensor, nn
 
 from mpvg.delivery import Method
-from mpvg.models.checkpoints import Layout
+from mpvg.models.layouts import Layout
 from mpvg.models.registry import check_divisible, register
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 
@@ -39,6 +40,8 @@ class T2TViT(DeliveredVisionTransformer):
     """
 
     family = "T2T-ViT"
+    constants = ("pos_embed",)
+    """Buffers that are parameters in the repository, and in the paper's counts."""
     layouts = (
         Layout(
             source="yitu-opensource/T2T-ViT",
@@ -67,7 +70,23 @@ class T2TViT(DeliveredVisionTransformer):
                 f"reg_tokens={kwargs['reg_tokens']!r}: the sinusoid has no row for a register; give no_embed_class=True"
             )
         super().__init__(method, norm_layer=norm_layer, embed_layer=TokensToToken, **kwargs)
-        self.pos_embed.requires_grad_(False)
+        self._freeze_pos_embed()
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """As DeliveredVisionTransformer."""
+        super().set_input_size(img_size, patch_size)
+        self._freeze_pos_embed()
+
+    def no_weight_decay(self) -> set[str]:
+        """timm's names without the PE, which is no parameter."""
+        names: set[str] = super().no_weight_decay()
+        return names - {"pos_embed"}
+
+    def _freeze_pos_embed(self) -> None:
+        """Makes the PE, which timm creates as a parameter, a buffer: it is a constant that nothing may train."""
+        table = self.pos_embed.detach()
+        del self.pos_embed
+        self.register_buffer("pos_embed", table)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initializes as the repository does: every Linear and the class token at std 0.02, the PE as a sinusoid."""
@@ -143,12 +162,7 @@ class TokensToToken(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to tokens `(B, H/16 * W/16, D)`, or to `(B, H/16, W/16, D)`."""
         height, width = image.shape[-2:]
-        if self.strict_img_size and (height, width) != self.img_size:
-            raise ValueError(
-                f"images are {height} x {width}, but the network takes {self.img_size[0]} x {self.img_size[1]}; "
-                "call set_input_size, or build it with dynamic_img_size=True"
-            )
-        check_divisible((height, width), PATCH)
+        _check_image_size(image, self.img_size if self.strict_img_size else None)
         x = self.attention1(_soft_split(image, window=7, stride=4, padding=2))  # (B, H/4 * W/4, 64)
         x = x.transpose(1, 2).unflatten(2, (height // 4, width // 4))
         x = self.attention2(_soft_split(x, window=3, stride=2, padding=1))  # (B, H/8 * W/8, 64)
@@ -170,11 +184,16 @@ class TokenPerformer(nn.Module):
         yitu-opensource/T2T-ViT, `models/token_performer.py`; the features: Choromanski et al., arXiv 2009.14794.
     """
 
+    constants = ("w",)
+    """Buffers that are parameters in the repository, and in the paper's counts."""
+    w: Tensor
+    """Directions of the features, `(m, out_dim)`: random, and never trained."""
+
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.kqv = nn.Linear(dim, 3 * out_dim, **dd)  # the order in the checkpoints
-        self.w = nn.Parameter(torch.empty(out_dim // 2, out_dim, **dd), requires_grad=False)
+        self.register_buffer("w", torch.empty(out_dim // 2, out_dim, **dd))
         self.proj = nn.Linear(out_dim, out_dim, **dd)
         self.dp = nn.Dropout(0.1)
         self.norm2 = nn.LayerNorm(out_dim, **dd)
@@ -196,18 +215,37 @@ class TokenPerformer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, k: Tensor, q: Tensor, v: Tensor) -> Tensor:
-        # phi reaches exp(|w|^2 / 2) = exp(16), which overflows in half precision.
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        device = v.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            phi_k, phi_q = self._features(k.to(dtype)), self._features(q.to(dtype))
-            sums = phi_q @ phi_k.sum(dim=1).unsqueeze(2)  # (B, N, 1)
-            y = phi_q @ (phi_k.transpose(1, 2) @ v.to(dtype)) / (sums + 1e-8)
-        return y.to(v.dtype)
+        return _attend_by_features(k, q, v, self.w)
 
-    def _features(self, x: Tensor) -> Tensor:
-        exponent = x @ self.w.to(x.dtype).T - x.square().sum(dim=-1, keepdim=True) / 2
-        return exponent.exp() / math.sqrt(len(self.w))
+
+@torch.fx.wrap  # the choice of dtype and device is not for torch.fx to trace
+def _attend_by_features(k: Tensor, q: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    """The attention of TokenPerformer: keys, queries, values `(B, N, D)` and directions `(m, D)` to `(B, N, D)`."""
+    # phi reaches exp(|w|^2 / 2) = exp(16), which overflows in half precision.
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    device = v.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        phi_k, phi_q = _features(k.to(dtype), w), _features(q.to(dtype), w)
+        sums = phi_q @ phi_k.sum(dim=1).unsqueeze(2)  # (B, N, 1)
+        y = phi_q @ (phi_k.transpose(1, 2) @ v.to(dtype)) / (sums + 1e-8)
+    return y.to(v.dtype)
+
+
+def _features(x: Tensor, w: Tensor) -> Tensor:
+    exponent = x @ w.to(x.dtype).T - x.square().sum(dim=-1, keepdim=True) / 2
+    return exponent.exp() / math.sqrt(len(w))
+
+
+@torch.fx.wrap  # a size is a number only where an image is
+def _check_image_size(image: Tensor, allowed: tuple[int, int] | None) -> None:
+    """Refuses an image of another size than the network's, or whose sides are not multiples of a patch's."""
+    height, width = image.shape[-2:]
+    if allowed is not None and (height, width) != allowed:
+        raise ValueError(
+            f"images are {height} x {width}, but the network takes {allowed[0]} x {allowed[1]}; "
+            "call set_input_size, or build it with dynamic_img_size=True"
+        )
+    check_divisible((height, width), PATCH)
 
 
 def _soft_split(x: Tensor, *, window: int, stride: int, padding: int) -> Tensor:
@@ -224,4 +262,4 @@ _SIZES: dict[str, dict[str, Any]] = {
     "t2t_vit_14": _T2T_256 | {"depth": 14, "embed_dim": 384, "num_heads": 6, "mlp_ratio": 3},
 }
 
-register(T2TViT, _SIZES, crop_pct=0.9, first_conv=None)
+register(T2TViT, _SIZES, crop_pct=0.9, first_conv=())

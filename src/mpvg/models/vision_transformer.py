@@ -1,5 +1,6 @@
 """timm's VisionTransformer with a delivered position embedding (PE); the base of ViT, CeiT, T2T-ViT and ViT-Lite."""
 
+import warnings
 from collections.abc import Container
 from itertools import islice
 from typing import Any
@@ -13,7 +14,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
-from mpvg.models.checkpoints import Layout
+from mpvg.models.adapting import LoadReport
+from mpvg.models.layouts import Layout
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible
 
@@ -45,7 +47,8 @@ class DeliveredVisionTransformer(VisionTransformer):
     Args:
         method: a method's name or a DeliverySpec; it also decides the read-out and whether there is a class token.
         pos_std: initial standard deviation of the PE, by rescaling the same draw; None: `default_pos_std`.
-        **kwargs: timm's arguments, except `global_pool`, `class_token`, `fc_norm` and `block_fn`.
+        **kwargs: timm's arguments; the method decides `class_token`, `fc_norm`, `block_fn` and `global_pool`, which may
+            be "" for tokens that are not pooled.
 
     Raises:
         ValueError: the network cannot run the method, or an argument is given that the method decides.
@@ -70,6 +73,10 @@ class DeliveredVisionTransformer(VisionTransformer):
     )
     """How checkpoints of the original repositories name their tensors, if not as here."""
 
+    remark = ""
+    """How the network differs from what the method's name promises; empty if it does not."""
+    load_report: LoadReport | None = None
+    """What was loaded from a checkpoint; None: nothing was."""
     probe: Probe | None = None
     """Called with the tokens and the delivered PE of each layer and of the Last LN."""
     spec: DeliverySpec
@@ -79,19 +86,26 @@ class DeliveredVisionTransformer(VisionTransformer):
     pos_embed: nn.Parameter
 
     def __init__(self, method: Method = "mpvg", *, pos_std: float | None = None, **kwargs: Any) -> None:
-        for name in ("global_pool", "class_token", "fc_norm", "block_fn"):
-            if name in kwargs:
-                raise ValueError(f"{name}={kwargs[name]!r}: the method decides it; give method=DeliverySpec(pool=...)")
         if kwargs.get("pos_embed", "learn") != "learn":
             raise ValueError(f"pos_embed={kwargs['pos_embed']!r} leaves no position embedding to deliver; use 'learn'")
         if not kwargs.get("final_norm", True):
             raise ValueError("final_norm=False leaves no Last LN, which the read-out needs (Eq. 4); leave it out")
         spec = resolve(method, NetworkTraits(name=self.family, depth=kwargs.get("depth", 12)))
+        token = spec.pool == "token"
+        # timm gives these when it builds a network again, and global_pool="" for tokens that are not pooled.
+        decided: dict[str, tuple[Any, ...]] = {
+            "global_pool": (spec.pool, ""),
+            "class_token": (token,),
+            "fc_norm": (False,),
+            "block_fn": (self.block,),
+        }
+        for name, allowed in decided.items():
+            if kwargs.setdefault(name, allowed[0]) not in allowed:
+                raise ValueError(f"{name}={kwargs[name]!r}: the method decides it; give method=DeliverySpec(pool=...)")
         if not kwargs.get("dynamic_img_pad", False):
             check_divisible(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         self.pos_std = pos_std
-        token = spec.pool == "token"
-        super().__init__(global_pool=spec.pool, class_token=token, fc_norm=False, block_fn=self.block, **kwargs)
+        super().__init__(**kwargs)
         self.set_delivery(spec)
 
     def set_delivery(self, spec: DeliverySpec) -> None:
@@ -205,7 +219,7 @@ class DeliveredVisionTransformer(VisionTransformer):
         x = self.patch_embed(image)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
         pos = self.raw_pos_embed(grid)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x.flatten(1, -2)
         # The convolution returns the patches transposed, and a sum has the memory order of its first operand. With the
         # PE first, the residual stream is contiguous; otherwise every LayerNorm would make a copy.
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
@@ -231,6 +245,7 @@ class DeliveredVisionTransformer(VisionTransformer):
         Returns:
             The tokens before the Last LN, `(B, N, D)`; what the Last LN receives; the tokens after the layers `take`.
         """
+        is_causal = _as_bool(is_causal)
         x, delivered = self._embed(image)
         kept = None
         if isinstance(self.patch_drop, PatchDropout):
@@ -268,3 +283,12 @@ class DeliveredVisionTransformer(VisionTransformer):
         prefix, patches = pe[:, : self.num_prefix_tokens], pe[:, self.num_prefix_tokens :]
         rows = patches.expand(len(kept), -1, -1).gather(1, kept.unsqueeze(-1).expand(-1, -1, pe.shape[-1]))
         return torch.cat([prefix.expand(len(kept), -1, -1), rows], dim=1)
+
+
+def _as_bool(flag: bool | Tensor) -> bool:
+    """A flag as attention takes it: torch.onnx.export(dynamo=False) makes a tensor of every argument's default."""
+    if not isinstance(flag, Tensor):
+        return flag
+    with warnings.catch_warnings():  # that the graph holds its value is intended
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return bool(flag)

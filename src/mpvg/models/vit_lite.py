@@ -6,7 +6,7 @@ from timm.layers import LayerType
 from torch import Tensor, nn
 
 from mpvg.delivery import Method
-from mpvg.models.checkpoints import Layout
+from mpvg.models.layouts import Layout
 from mpvg.models.registry import register
 from mpvg.models.vision_transformer import DeliveredBlock, DeliveredVisionTransformer
 

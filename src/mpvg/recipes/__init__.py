@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
 from mpvg.recipes import paper
-from mpvg.validation import unknown_name
+from mpvg.validation import MAX_INT, unknown_name
 
 
 def digits() -> RunConfig:
@@ -128,3 +128,12 @@ def recipe(name: str | None = None, data: str | None = None) -> RunConfig:
         raise ValueError(unknown_name("recipe", name, RECIPES, near=2))
     config = RECIPES[name]()
     return config if data is None else replace(config, data=data)
+
+
+def scale_schedule(config: RunConfig, epochs: int) -> RunConfig:
+    """The config over another number of epochs: warm-up and cool-down keep their share; the latter is rounded down."""
+    if epochs == config.epochs or not 1 <= epochs < MAX_INT:  # the config itself refuses what is out of range
+        return config
+    share, optim = epochs / config.epochs, config.optim
+    warmup, cooldown = optim.warmup_epochs * share, optim.cooldown_epochs * epochs // config.epochs
+    return replace(config, epochs=epochs, optim=replace(optim, warmup_epochs=warmup, cooldown_epochs=cooldown))

@@ -33,6 +33,7 @@ def deit_tiny() -> RunConfig:
         batch_size=1024,
         lr=1e-3,
         recipe="deit_tiny",
+        orientation="stored",  # the repositories read with torchvision and timm, which do not heed EXIF
         precision="bf16",
         ema_decay=0.99996,  # tracked, but not what DeiT scores
         network=NetworkConfig(drop_path=0.1),
@@ -145,6 +146,7 @@ def t2t_vit_7_cifar100() -> RunConfig:
         batch_size=128,  # the paper; the repository's README says 64
         lr=5e-2,
         recipe="t2t_vit_7_cifar100",
+        orientation="stored",
         # CIFAR-10's statistics, for CIFAR-100 as well: the repository's slip, which its numbers contain.
         network=NetworkConfig(drop_path=0.1, img_size=224, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
         augment=AugmentConfig(crop_padding=28, hflip=0.5),

@@ -44,7 +44,11 @@ def hardware() -> str:
     """One line: processor, cores, memory, GPUs."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,14 +1,23 @@
 """Many run folders at once: what each holds, and their curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpvg.config import RunConfig
+from mpvg.config import UNCOUNTED, RunConfig, flatten
+from mpvg.delivery import as_spec, describe_spec
+from mpvg.runs.lock import current_holder
 from mpvg.runs.run import Run, load
 from mpvg.tasks import task_class
+from mpvg.tasks.task import EMA, Metric
+from mpvg.validation import printable
 
+FIELDS = (
+    *("run", "state", "epochs_done", "epochs", "best_metric", "best", "recipe", "data", "model", "method", "seed"),
+    "digest",
+)
+"""What `RunState.values` has."""
 COLUMNS = ("run", "state", "epochs", "best", "data", "model", "method", "seed")
 
 
@@ -19,7 +28,7 @@ class RunState:
     path: Path
     """The folder."""
     state: str
-    """complete, unfinished, or why it cannot be read."""
+    """complete, unfinished, training with the process that does, or why it cannot be read."""
     run: Run | None
     """None: it cannot be read."""
     metrics: list[dict[str, Any]]
@@ -29,24 +38,41 @@ class RunState:
         """The values of COLUMNS as text."""
         if self.run is None:
             return (str(self.path), self.state, *("-" * (len(COLUMNS) - 2)))
-        config = self.run.config
-        epochs = f"{len(self.metrics)}/{config.epochs}"
-        described = (config.data, config.model, method_name(config), str(config.seed))
-        return (str(self.path), self.state, epochs, self._best(), *described)
+        config, metric = self.run.config, self._metric()
+        best = self.best()
+        shown = "-" if best is None else f"{metric.title} {metric.format(best)}"
+        described = config.data, config.model, method_name(config), str(config.seed)
+        return (str(self.path), self.state, f"{len(self.metrics)}/{config.epochs}", shown, *described)
 
-    def _best(self) -> str:
-        """The best value so far of the metric that the run's task names, as text."""
+    def values(self) -> dict[str, Any]:
+        """The values of FIELDS, JSON-safe; None where it cannot be read."""
+        values: dict[str, Any] = dict.fromkeys(FIELDS) | {"run": str(self.path), "state": self.state}
+        if self.run is None:
+            return values
+        config = self.run.config
+        values |= {name: getattr(config, name) for name in ("epochs", "recipe", "data", "model", "seed")}
+        best = {"best_metric": task_class(config.task).best, "best": self.best()}
+        return (
+            values | best | {"epochs_done": len(self.metrics), "method": method_name(config), "digest": config.digest()}
+        )
+
+    def best(self) -> float | None:
+        """The best value so far of the metric that the run's task names; None before an epoch ends."""
         if self.run is None or not self.metrics:
-            return "-"
+            return None
+        key = task_class(self.run.config.task).best
+        value: float = (max if self._metric().higher_is_better else min)(line[key] for line in self.metrics)
+        return value
+
+    def _metric(self) -> Metric:
+        assert self.run is not None
         task = task_class(self.run.config.task)
-        metric = task.metrics[task.best]
-        best = (max if metric.higher_is_better else min)(line[task.best] for line in self.metrics)
-        return f"{metric.title} {metric.format(best)}"
+        return task.metrics[task.best]
 
 
 def method_name(config: RunConfig) -> str:
-    """The name of a run's method; "own" for a spec."""
-    return config.method if isinstance(config.method, str) else "own"
+    """The name of a run's method; for a spec, the nearest method's and what differs."""
+    return config.method if isinstance(config.method, str) else describe_spec(as_spec(config.method))
 
 
 def find_runs(root: Path) -> list[RunState]:
@@ -55,20 +81,27 @@ def find_runs(root: Path) -> list[RunState]:
     Raises:
         FileNotFoundError: there is no run.
     """
-    found = []
-    for config in sorted(root.rglob("config.yaml")):
-        try:
-            run = load(config.parent)
-            task_class(run.config.task)
-            state = "complete" if run.summary() is not None else "unfinished"
-            found.append(RunState(config.parent, state, run, run.metrics()))
-        except (ValueError, OSError) as error:
-            found.append(RunState(config.parent, f"damaged: {error}", None, []))
+    found = [_read(config.parent) for config in sorted(root.rglob("config.yaml"))]
     if not found:
         raise FileNotFoundError(
             f"no run in {root}; give a folder that `mpvg train` made, or one with such folders in it"
         )
     return found
+
+
+def _read(path: Path) -> RunState:
+    try:
+        run = load(path)
+        method_name(run.config)  # refuses a spec that does not exist
+        metrics = run.metrics()
+        if run.summary() is not None:
+            if len(metrics) != run.config.epochs:
+                raise ValueError(f"{path / 'metrics.jsonl'} has {len(metrics)} of {run.config.epochs} epochs")
+            return RunState(path, "complete", run, metrics)
+    except (ValueError, OSError) as error:
+        return RunState(path, f"damaged: {' '.join(str(error).split())}", None, [])
+    holder = current_holder(path)
+    return RunState(path, f"training ({holder})" if holder else "unfinished", run, metrics)
 
 
 def plot_runs(roots: Sequence[Path], key: str | None, file: Path) -> None:
@@ -85,23 +118,51 @@ def plot_runs(roots: Sequence[Path], key: str | None, file: Path) -> None:
     """
     from mpvg import figures
 
+    states = [state for root in roots for state in find_runs(root) if state.run is not None]
+    known = {name for state in states for line in state.metrics for name, value in line.items() if type(value) is float}
     curves: dict[str, list[list[float]]] = {}
-    known: set[str] = set()
-    for found in (state for root in roots for state in find_runs(root)):
-        known |= {name for line in found.metrics for name, value in line.items() if isinstance(value, float)}
-        if found.run is None:
-            continue
-        key = key or task_class(found.run.config.task).best
-        values = [line[key] for line in found.metrics if key in line]
-        if values:
-            config = replace(found.run.config, seed=0)
-            curves.setdefault(f"{config.model} {method_name(config)} ({config.digest()})", []).append(values)
+    configs: dict[str, RunConfig] = {}
+    metric: Metric | None = None
+    for state in states:
+        assert state.run is not None
+        task = task_class(state.run.config.task)
+        key = key or task.best
+        metric = metric or task.metrics.get(key.removeprefix(EMA))
+        if values := [line[key] for line in state.metrics if key in line]:
+            config = replace(state.run.config, seed=0)
+            configs[config.digest()] = config
+            curves.setdefault(config.digest(), []).append(values)
     if not curves:
-        wanted = repr(key) if key else "an epoch to draw"
-        raise ValueError(
-            f"no run has {wanted} yet; allowed: {', '.join(sorted(known)) or 'nothing, before an epoch ends'}"
-        )
-    shortest = {name: min(map(len, repeated)) for name, repeated in curves.items()}
-    cut = {name: [values[: shortest[name]] for values in repeated] for name, repeated in curves.items()}
-    label = key or ""
-    figures.save(figures.lines(cut, label, "epoch", label, first=1), file)
+        what = "a number to draw" if key is None else repr(key)
+        allowed = ", ".join(sorted(known)) or "nothing, before an epoch ends"
+        raise ValueError(f"no run has {what} yet; allowed: {allowed}")
+    shortest = {digest: min(map(len, repeated)) for digest, repeated in curves.items()}
+    names = names_by_difference(configs)
+    cut = {names[digest]: [one[: shortest[digest]] for one in repeated] for digest, repeated in curves.items()}
+    title = _title(key or "", metric)
+    percent = metric is not None and metric.percent
+    figures.save(figures.lines(cut, title, "epoch", title, first=1, percent=percent), file)
+
+
+def names_by_difference(configs: Mapping[str, RunConfig]) -> dict[str, str]:
+    """Digest -> a short name that says in what the config differs from the others; alone: its network and method."""
+    flat = {digest: flatten(config.to_dict()) | {"method": method_name(config)} for digest, config in configs.items()}
+    fields = [name for name in next(iter(flat.values())) if name.split(".")[0] not in (*UNCOUNTED, "seed", "recipe")]
+    differing = [name for name in fields if len({repr(values[name]) for values in flat.values()}) > 1]
+    bare = [name for name in ("data", "model", "method") if name in differing]
+    others = [name for name in differing if name not in bare]
+    if not differing:
+        bare = ["model", "method"]
+    names = {}
+    for digest, values in flat.items():
+        parts = [str(values[name]) for name in bare] + [f"{name}={values[name]}" for name in others]
+        names[digest] = printable(", ".join(parts))
+    if len(set(names.values())) < len(names):  # they differ in a field that is no value of the config, or in the recipe
+        names = {digest: f"{name}, recipe={flat[digest]['recipe']} ({digest})" for digest, name in names.items()}
+    return names
+
+
+def _title(key: str, metric: Metric | None) -> str:
+    if metric is None:
+        return key
+    return f"{metric.title} of the averaged weights" if key.startswith(EMA) else metric.title

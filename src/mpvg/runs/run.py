@@ -2,14 +2,16 @@
 
 RUN/config.yaml        the resolved RunConfig, and the format of the folder
 RUN/environment.json   versions, commit, hardware, threads, command, date
-RUN/data.json          DataInfo: classes, image size, normalization
+RUN/data.json          DataInfo: classes, image size, normalization, hashes of the samples
+RUN/listing-*.txt.gz   target, size and name of each sample of a split, to name the first that was changed
 RUN/metrics.jsonl      one line per epoch
 RUN/summary.json       one line once the run is complete: what a study collects
 RUN/checkpoints/       see `checkpoints`
+RUN/.lock              while the run is written, see `lock`
 """
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,23 @@ from torch import nn
 
 from mpvg.config import FORMAT, RunConfig, digest_format
 from mpvg.data import Batches, DataInfo, Shard, describe, open_listing, open_split
-from mpvg.data.types import Preprocess
+from mpvg.data.inventory import Inventory, first_difference
+from mpvg.data.types import Preprocess, Split
+from mpvg.files import atomic_write, is_temporary, read_regular, remove_leftovers, write_json
 from mpvg.models.checkpoints import load_weights
-from mpvg.runs.checkpoints import Which, checkpoint_folder, verify
+from mpvg.runs.checkpoints import Which, checkpoint_folder, has_best, verify, warn
 from mpvg.runs.environment import environment
-from mpvg.runs.files import atomic_write, temp_path, write_json
-from mpvg.runs.metrics import read_metrics
+from mpvg.runs.lock import LOCK
+from mpvg.runs.metrics import LINE, read_metrics
+from mpvg.runs.pointers import step_name
+from mpvg.runs.reading import read_config, read_info, read_summary
 from mpvg.seeding import seed_everything
-from mpvg.tasks import Task, create_task
-from mpvg.validation import build
+from mpvg.tasks import Task, create_task, is_better, selecting_metric, task_class
+from mpvg.tasks.task import EMA
+from mpvg.validation import printable, shorten
+
+_LISTINGS: dict[Split, str] = {"train": "listing-train.txt.gz", "val": "listing-val.txt.gz"}
+_MAX_LISTING = 2**29  # bytes; a million names take some ten million
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Run:
             FileNotFoundError: there is no such checkpoint, or no averaged weights in it.
             ValueError: the weights are damaged or do not fit the config; another checkpoint is not used unasked.
         """
-        folder = checkpoint_folder(self.path, which)
+        folder = self._checkpoint_folder(which)
         file = folder / ("ema.safetensors" if ema else "model.safetensors")
         verify(folder, [file.name])
         if not file.is_file():
@@ -62,6 +72,23 @@ class Run:
         model = self.task().build_model(init=False)
         load_weights(model, file)
         return model.eval()
+
+    def _checkpoint_folder(self, which: Which) -> Path:
+        """The folder of a checkpoint; where the pointer to the best one is lost the metrics say which it is."""
+        if which == "best" and not has_best(self.path) and (name := self.best_step()):
+            folder = self.path / "checkpoints" / name
+            if folder.is_dir():
+                warn(f"{folder.with_name(which)} is missing; taking {name}, the best by {self.path / 'metrics.jsonl'}")
+                return folder
+        return checkpoint_folder(self.path, which)
+
+    def best_step(self) -> str | None:
+        """The name of the folder that the best checkpoint has or had; None before an epoch ends."""
+        kind, key = task_class(self.config.task), selecting_metric(self.config)
+        best: dict[str, Any] | None = None
+        for line in self.metrics():
+            best = line if is_better(kind, line[key], best[key] if best else None) else best
+        return step_name(best["step"]) if best else None
 
     def initial_model(self) -> nn.Module:
         """The network before training, in evaluation mode: the control of every analysis.
@@ -97,6 +124,8 @@ class Run:
         info = replace(self.info, name=given.name, val_size=given.val_size)
         plain = replace(config.augment, mixup=0.0, cutmix=0.0)  # mixing asks for an even batch size
         config = replace(config, batch_size=batch_size or config.batch_size, augment=plain)
+        if data is None or data == self.config.data:
+            self.check_samples(listing.inventories)
         pipeline = self.task().make_pipeline
         return open_split(listing, "val", Shard(device), config, info, make_pipeline=pipeline, images=images)
 
@@ -124,27 +153,69 @@ class Run:
                 "give data of the same kind"
             )
 
+    def check_samples(self, inventories: Mapping[Split, Inventory]) -> None:
+        """Refuses data whose samples are not those that the run was trained on; an older run does not say which.
+
+        Raises:
+            ValueError: naming the first sample that differs.
+        """
+        for split, now in inventories.items():
+            trained = self.info.train_hash if split == "train" else self.info.val_hash
+            if trained not in (None, now.hash):
+                raise ValueError(
+                    f"the {split} samples of {self.config.data} are not those that {self.path} was trained on: "
+                    f"{self._first_difference(split, now)}; restore them, or train a new run with another --out"
+                )
+
+    def _first_difference(self, split: Split, now: Inventory) -> str:
+        file = self.path / _LISTINGS[split]
+        try:
+            return first_difference(read_regular(file, _MAX_LISTING), now)
+        except (OSError, ValueError) as error:
+            return f"their hash is another, and {file} cannot say which ({error})"
+
+    def is_of(self, digest: str) -> bool:
+        """Whether a digest, in its own format, is that of the run's config."""
+        return digest == self.config.digest(digest_format(digest))
+
     def check_unchanged(self, digest: str) -> None:
         """Refuses a config that is not the one whose digest was saved, in the digest's own format.
 
         Raises:
             ValueError: naming both.
         """
-        now = self.config.digest(digest_format(digest))
-        if digest != now:
+        if not self.is_of(digest):
+            now = self.config.digest(digest_format(digest))
             raise ValueError(
                 f"{self.path / 'config.yaml'} was changed since the run was saved (config {digest}, now {now}); "
                 "undo the change to resume, or train a new run with another --out"
             )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The epochs so far, oldest first."""
-        return read_metrics(self.path)
+        """The epochs so far, oldest first.
+
+        Raises:
+            ValueError: metrics.jsonl is damaged.
+        """
+        kind = task_class(self.config.task)
+        return read_metrics(self.path, (*LINE, kind.best, selecting_metric(self.config), *self._summarized()))
 
     def summary(self) -> dict[str, Any] | None:
-        """The record of a complete run; None while there is none."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        """The record of a complete run; None while there is none.
+
+        Raises:
+            ValueError: summary.json is damaged.
+        """
+        names = (*self._summarized(), f"best_{task_class(self.config.task).best}")
+        try:
+            return read_summary(self.path / "summary.json", names)
+        except FileNotFoundError:
+            return None
+
+    def _summarized(self) -> list[str]:
+        """Names of the metrics that a run's summary and its last line have."""
+        names = task_class(self.config.task).summarized
+        return [*names, *(f"{EMA}{name}" for name in names if self.config.ema_decay)]
 
 
 def load(path: str | Path) -> Run:
@@ -156,41 +227,12 @@ def load(path: str | Path) -> Run:
     """
     path = Path(path)
     for name in ("config.yaml", "data.json"):
-        if not (path / name).is_file():
+        if not (path / name).exists():
             raise FileNotFoundError(f"{path} holds no run: {name} is missing; give a folder that `mpvg train` made")
-    config = read_config(path / "config.yaml")
-    try:
-        info: DataInfo = build(DataInfo, json.loads((path / "data.json").read_text()), "")
-    except ValueError as error:
-        raise ValueError(f"{path / 'data.json'} is damaged ({error}); restore it from a copy of the run") from error
-    return Run(path, config, info)
+    return Run(path, read_config(path / "config.yaml"), read_info(path / "data.json"))
 
 
-def read_config(path: Path) -> RunConfig:
-    """Reads a config that `create_run` wrote, in this format or an older one.
-
-    Raises:
-        ValueError: it is not valid YAML, is of a newer format, or has a key or value that a run cannot have.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not readable YAML ({reason}); restore it from a copy of the run") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no config; restore it from a copy of the run")
-    format = values.pop("format", 1)
-    if type(format) is not int or format < 1:
-        raise ValueError(f"{path}: format is {format!r}; allowed: 1 to {FORMAT}; restore it from a copy of the run")
-    if format > FORMAT:
-        raise ValueError(f"{path} has format {format}, and this version of mpvg reads 1 to {FORMAT}; update mpvg")
-    try:
-        return RunConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def create_run(config: RunConfig, info: DataInfo) -> Run:
+def create_run(config: RunConfig, info: DataInfo, inventories: Mapping[Split, Inventory] | None = None) -> Run:
     """Makes the run folder. The config is written last: a folder with a config is complete.
 
     Raises:
@@ -200,7 +242,10 @@ def create_run(config: RunConfig, info: DataInfo) -> Run:
     path = Path(config.out)
     ensure_new_run_dir(path)
     path.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     write_json(path / "data.json", dataclasses.asdict(info))
+    for split, inventory in (inventories or {}).items():
+        atomic_write(path / _LISTINGS[split], inventory.packed)
     write_json(path / "environment.json", environment())
     values = {"format": FORMAT, **config.to_dict()}
     atomic_write(path / "config.yaml", yaml.safe_dump(values, sort_keys=False).encode())
@@ -217,11 +262,14 @@ def ensure_new_run_dir(path: Path) -> None:
         raise FileExistsError(
             f"{path} already holds a run; continue it with `mpvg train --resume {path}`, or give another --out"
         )
-    incomplete = {"data.json", "environment.json"}  # what `create_run` writes before the config
-    incomplete |= {temp_path(Path(name)).name for name in (*incomplete, "config.yaml")}
-    if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - incomplete):
+    if path.exists() and (not path.is_dir() or not all(_is_of_a_beginning(entry.name) for entry in path.iterdir())):
         raise FileExistsError(f"{path} exists and is not empty, but holds no run; give another --out")
 
 
+def _is_of_a_beginning(name: str) -> bool:
+    """Whether a file is one that a run has before its config."""
+    return name in ("data.json", "environment.json", LOCK, *_LISTINGS.values()) or is_temporary(name)
+
+
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(shorten(printable(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")

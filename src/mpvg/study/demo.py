@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mpvg import runs
-from mpvg.analysis import report
+from mpvg.analysis import page, report
 from mpvg.config import RunConfig
+from mpvg.files import atomic_text
 from mpvg.recipes import recipe
 from mpvg.study.pool import run_all
+from mpvg.validation import printable
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,11 @@ def demo(data: str, out: Path) -> None:
         for name, arm in arms.items()
     }
     records = "".join(json.dumps(summaries[config.out]) + "\n" for config in plan.values())
-    (out / "results.jsonl").write_text(records)
+    atomic_text(out / "results.jsonl", records)
     Console().print(_table(results))
     sentence = what_shrinks(results)
     print(sentence)
-    page = _write_report(data, base, results, sentence, out)
-    print(f"\nreport: {page}")
+    print("\nreport: " + printable(str(_write_report(data, base, results, sentence, out))))
 
 
 def what_shrinks(results: Results) -> str:
@@ -163,40 +164,24 @@ def _table(results: Results) -> Table:
 
 
 def _write_report(data: str, base: RunConfig, results: Results, sentence: str, out: Path) -> Path:
-    """Writes the report of all runs, with the comparison and the learning curves above the analysis."""
+    """Writes the report of all runs, with the sentence and the learning curves below its table of the runs."""
     from mpvg import figures
 
     curves = {
         f"{trained.arm.label} ({trained.arm.epochs} epochs)": [
-            [100 * line["accuracy"] for line in run.metrics()] for run in trained.runs
+            [line["accuracy"] for line in run.metrics()] for run in trained.runs
         ]
         for trained in results.values()
     }
-    drawn = figures.lines(curves, f"Learning curves on {data}", "epoch", "test accuracy, %", first=1)
+    drawn = figures.lines(curves, f"Learning curves on {data}", "epoch", "test accuracy", first=1, percent=True)
     figures.save(drawn, out / "curves.svg", out / "curves.png")
-    svg = (out / "curves.svg").read_text()
     summary = results["gap"].summaries[0]
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(results)
+    made = (
+        f"{base.model}; commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, "
+        f"{summary['date'][:10]}"
     )
-    made = f"commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, {summary['date'][:10]}"
-    front = _FRONT.format(
-        sentence=escape(sentence),
-        head=head,
-        body=body,
-        model=escape(base.model),
-        curves=svg[svg.index("<svg") :],
-        made=escape(made),
-    )
+    caption = "Accuracy on the test images after each epoch; a band is the range over the seeds."
+    picture = page.figure(out / "curves.png", caption, f"{caption} Also as curves.svg.", id="curves")
+    front = f"<p>{escape(sentence)}</p>{picture}<p><small>{escape(made)}</small></p>"
     analyzed = [report.analyze_run(run, report.Options()) for trained in results.values() for run in trained.runs]
     return report.write(out, analyzed, {}, title=f"mpvg demo: {data}", front=front).page
-
-
-_FRONT = """<p>{sentence}</p>
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<p>{model}; accuracy and NLL on the test images after the last epoch; images/s of training on one thread, with as many
-runs at a time as there are cores. A band is the range over the seeds.</p>
-<figure>{curves}</figure>
-<p><small>{made}</small></p>
-"""

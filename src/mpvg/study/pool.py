@@ -13,6 +13,7 @@ from rich.progress import Progress
 from mpvg import runs, training
 from mpvg.config import RunConfig
 from mpvg.tasks import task_class
+from mpvg.validation import printable
 
 
 def run_all(configs: Sequence[RunConfig]) -> dict[str, dict[str, Any]]:
@@ -41,7 +42,9 @@ def run_all(configs: Sequence[RunConfig]) -> dict[str, dict[str, Any]]:
                     config = left.pop(future)
                     summary = summaries[config.out] = future.result()
                     score = _score(config, summary)
-                    progress.console.print(f"{len(summaries)}/{len(configs)} done  {config.out}  {score}", markup=False)
+                    progress.console.print(
+                        printable(f"{len(summaries)}/{len(configs)} done  {config.out}  {score}"), markup=False
+                    )
                 progress.update(bar, completed=sum(_epochs_done(config) for config in configs))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -68,4 +71,4 @@ def _score(config: RunConfig, summary: dict[str, Any]) -> str:
 
 def _epochs_done(config: RunConfig) -> int:
     file = Path(config.out) / "metrics.jsonl"
-    return file.read_text().count("\n") if file.is_file() else 0
+    return file.read_text(encoding="utf-8").count("\n") if file.is_file() else 0

@@ -1,11 +1,13 @@
 """The tasks by name: one file each, behind the interface in `task.py`."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
+from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
 from mpvg.tasks.task import Prediction as Prediction
@@ -47,6 +49,23 @@ def task_class(name: str) -> type[Task[Any]]:
     if name not in _TASKS:
         raise ValueError(unknown_name("task", name, _TASKS) + "; a task of your own must be registered before")
     return _TASKS[name][0]
+
+
+def selecting_metric(config: RunConfig) -> str:
+    """Name, in a line of metrics.jsonl, of the metric that chooses the best checkpoint.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    best = task_class(config.task).best
+    return f"{EMA}{best}" if config.ema_selects else best
+
+
+def is_better(task: Task[Any] | type[Task[Any]], value: float, best: float | None) -> bool:
+    """Whether a value of the task's metric is better than the best so far; anything is better than None and NaN."""
+    if best is None or math.isnan(best):
+        return True
+    return value > best if task.metrics[task.best].higher_is_better else value < best
 
 
 def create_task(config: RunConfig, info: DataInfo) -> Task[Any]:

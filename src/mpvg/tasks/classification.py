@@ -14,7 +14,7 @@ from mpvg.config import RunConfig
 from mpvg.data import Batches, DataInfo, ImageBatch, image_pipeline, make_preprocess
 from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
 from mpvg.models import TIMM, create_model
-from mpvg.tasks.task import Evaluation, Metric, Prediction
+from mpvg.tasks.task import Evaluation, Metric, Prediction, sum_device
 
 PRETRAINED = "pretrained"
 """The `network.init` that stands for timm's own weights."""
@@ -44,6 +44,8 @@ class ClassificationTask:
     best: ClassVar[str] = "accuracy"
 
     def __init__(self, config: RunConfig, info: DataInfo, options: Any) -> None:
+        if not info.class_names:
+            raise ValueError(f"{info.name} has no classes, so there is nothing to classify; give data with class names")
         self._config, self._info = config, info
         self._mixup = _make_mixup(config, info.num_classes)
 
@@ -124,13 +126,14 @@ def evaluate(model: nn.Module, batches: Batches[ImageBatch], accelerator: Accele
         ValueError: no image can be read.
     """
     model.eval()
-    # Summed on the device: reading a number after each batch would delay the next one.
-    sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters(), torch.empty(0)).device)
+    # Summed on the device, if it can: reading a number after each batch would delay the next one.
+    place = sum_device(next(model.parameters(), torch.empty(0)).device)
+    sums = torch.zeros(4, dtype=torch.float64, device=place)
     for images, targets in batches.epoch():
         logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        nll = F.cross_entropy(logits, targets, reduction="none").double().sum()
-        one, five = hits[:, 0].sum().double(), hits.any(dim=1).sum().double()
+        nll = F.cross_entropy(logits, targets, reduction="none").to(place).double().sum()
+        one, five = (hit.sum().to(place).double() for hit in (hits[:, 0], hits.any(dim=1)))
         sums += torch.stack([one, five, nll, nll.new_full((), len(targets))])
     if accelerator is not None and accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")

@@ -20,6 +20,11 @@ EMA = "ema_"
 """Precedes the names of metrics of the averaged weights, in metrics.jsonl and summary.json."""
 
 
+def sum_device(device: torch.device) -> torch.device:
+    """Where sums over a device's values are kept in float64: there, or on the CPU where it has none (Apple's MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A number that a task measures on a validation set, and how it is shown."""

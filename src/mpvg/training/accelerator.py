@@ -1,5 +1,7 @@
 """What depends on the machine: device, processes, precision, compilation and trackers."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ BACKEND = "inductor"
 """torch.compile's."""
 TRACKERS = tuple(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
 """accelerate's trackers."""
+ENVIRONMENT = ("ACCELERATE_", "DEEPSPEED_", "DYNAMO_", "FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+"""How the names of accelerate's settings begin in the environment; torchrun's have other names."""
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator that a config asks for.
+    """The accelerator that a config asks for, whatever settings of accelerate the environment has.
 
     Raises:
         ValueError: there is no such device, precision or tracker here.
@@ -27,6 +31,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch sees no GPU; give --device cpu")
     _check_tracker(config.tracker)
+    _clear_environment()
     if not torch.distributed.is_initialized():  # or the first run of this process decides for all that follow
         AcceleratorState._reset_state(reset_partial_state=True)
     compiling = TorchDynamoPlugin(backend=BACKEND, mode=config.compile) if config.compile else None
@@ -50,7 +55,9 @@ def bf16_refusal(device: torch.device) -> str | None:
     """Why bf16 cannot be used on a device; None where it can."""
     if device.type == "cuda":
         return None if torch.cuda.is_bf16_supported() else "this GPU does not support bf16"
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace") if Path("/proc/cpuinfo").exists() else ""
+    )
     if "avx512_bf16" in flags or "amx_bf16" in flags:
         return None
     return "this CPU has neither avx512_bf16 nor amx_bf16, and emulates bf16 hundreds of times slower than fp32"
@@ -62,7 +69,28 @@ def prepare_model(model: nn.Module, config: RunConfig, accelerator: Accelerator)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:  # a convolution follows its weights, so the images may stay as they are
         model = model.to(memory_format=torch.channels_last)
-    return model.to(accelerator.device)
+    model = model.to(accelerator.device)
+    if accelerator.num_processes > 1:
+        _align_gradients(model)
+    return model
+
+
+def _align_gradients(model: nn.Module) -> None:
+    """Gives gradients the strides of their parameters, which DistributedDataParallel asks for, with the same values.
+
+    Only those of a dimension of size 1 differ: everywhere else autograd sees to it.
+    """
+
+    def align(parameter: Tensor, gradient: Tensor) -> Tensor:
+        if gradient.stride() == parameter.stride():
+            return gradient
+        return torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
+        ).copy_(gradient)
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(align, parameter))
 
 
 def start_tracker(accelerator: Accelerator, config: RunConfig) -> None:
@@ -92,6 +120,15 @@ class AsyncCopy:
             self._done.synchronize()
         numbers: list[float] = self._values.tolist()
         return numbers
+
+
+def _clear_environment() -> None:
+    """Takes accelerate's settings out of this process's environment, for good: it reads some of them at every step.
+
+    They would win over the config, and neither the run folder nor the digest would tell.
+    """
+    for name in [name for name in os.environ if name.startswith(ENVIRONMENT)]:
+        del os.environ[name]
 
 
 def _check_tracker(name: str | None) -> None:

@@ -23,43 +23,58 @@ from torch import Tensor, nn
 
 from mpvg.config import RunConfig
 from mpvg.data import Data, Shard, open_data
+from mpvg.data.order import describe_left_out
+from mpvg.files import write_json
 from mpvg.runs import Run, create_run, ensure_new_run_dir, load
 from mpvg.runs.checkpoints import has_checkpoint
-from mpvg.runs.files import write_json
+from mpvg.runs.lock import run_lock
 from mpvg.runs.metrics import append_metrics
+from mpvg.runs.pointers import read_pointer
 from mpvg.seeding import seed_everything
-from mpvg.tasks import Evaluation, create_task, describe_metrics, task_class
-from mpvg.tasks.task import EMA
+from mpvg.tasks import Evaluation, create_task, describe_metrics, is_better, selecting_metric, task_class
+from mpvg.tasks.task import EMA, sum_device
 from mpvg.training import optimizer as optimizers
 from mpvg.training import records
 from mpvg.training.accelerator import AsyncCopy, make_accelerator, prepare_model, start_tracker
+from mpvg.training.estimate import describe_start
+from mpvg.training.memory import OutOfMemory, memory_errors
 from mpvg.training.progress import Reporter
 from mpvg.training.state import TrainProgress, TrainState
-from mpvg.training.stopping import GracefulShutdown, Interrupted
+from mpvg.training.stopping import STOPPED_BY, GracefulShutdown, Interrupted
 
 
 class NonFiniteLoss(ValueError):
     """The loss or a weight is NaN or infinite; the run stops, and the checkpoint before is kept."""
 
 
-def train(config: RunConfig, *, quiet: bool = False) -> dict[str, Any]:
+def train(config: RunConfig, *, quiet: bool = False, break_lock: bool = False) -> dict[str, Any]:
     """Trains a new run and returns its summary.
 
     Raises:
         FileExistsError: the run folder is not empty.
-        Interrupted: SIGTERM or Ctrl-C; the step was finished and saved. It is a KeyboardInterrupt.
+        Interrupted: a signal, or nobody reads the output any more; the step was finished and saved. It is a
+            KeyboardInterrupt.
         NonFiniteLoss: the loss is NaN or infinite.
+        OutOfMemory: memory is used up, or a loader worker was killed.
         OSError: a checkpoint cannot be written; the previous one is kept.
-        ValueError: the config does not fit the data, the network or the hardware.
+        ValueError: the config does not fit the data, the network or the hardware, or another process writes the run;
+            `break_lock` takes the lock of a process of another host.
     """
     ensure_new_run_dir(Path(config.out))
-    trainer = Trainer.create(config, quiet=quiet)
-    if trainer.accelerator.is_main_process:
-        create_run(trainer.config, trainer.data.info)
-    return trainer.run_to_end()
+    with memory_errors(config):
+        trainer = Trainer.create(config, quiet=quiet)
+    with trainer.lock(break_lock=break_lock):
+        if trainer.accelerator.is_main_process:
+            create_run(trainer.config, trainer.data.info, trainer.data.inventories)
+        try:
+            return trainer.run_to_end()
+        except OutOfMemory:
+            if trainer.accelerator.is_main_process:
+                _free(Path(config.out))
+            raise
 
 
-def resume(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
+def resume(path: str | Path, *, quiet: bool = False, break_lock: bool = False) -> dict[str, Any]:
     """Continues an interrupted run from its newest checkpoint, to the same bits; a complete run is left as it is.
 
     Raises:
@@ -70,10 +85,13 @@ def resume(path: str | Path, *, quiet: bool = False) -> dict[str, Any]:
     if summary is not None:
         run.check_unchanged(summary["config_hash"])
         return summary
-    trainer = Trainer.create(replace(run.config, out=str(path)), quiet=quiet)
+    with memory_errors(run.config):
+        trainer = Trainer.create(replace(run.config, out=str(path)), quiet=quiet)
     run.check_classes(trainer.data.info)
-    trainer.state.restore(trainer.run, trainer.accelerator)
-    return trainer.run_to_end()
+    run.check_samples(trainer.data.inventories)
+    with trainer.lock(break_lock=break_lock):
+        trainer.state.restore(trainer.run, trainer.accelerator, len(trainer.data.train))
+        return trainer.run_to_end()
 
 
 class Trainer:
@@ -103,8 +121,14 @@ class Trainer:
         torch.set_num_threads(threads)
         shard = Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
         data = open_data(config, shard, task_class(config.task).make_pipeline)
+        _check_pairs(config, shard.world_size)
         run = Run(Path(config.out), replace(config, threads=threads), data.info)
         return cls(run, data, accelerator, quiet=quiet)
+
+    def lock(self, *, break_lock: bool = False) -> contextlib.AbstractContextManager[None]:
+        """The lock of the run folder, which the main process holds for all."""
+        main = self.accelerator.is_main_process
+        return run_lock(self.run.path, break_lock=break_lock) if main else contextlib.nullcontext()
 
     @property
     def progress(self) -> TrainProgress:
@@ -113,11 +137,26 @@ class Trainer:
 
     def run_to_end(self) -> dict[str, Any]:
         """Trains the remaining epochs and returns the summary."""
+        try:
+            with memory_errors(self.config):
+                self._run_epochs()
+        except OutOfMemory as error:
+            raise self._out_of_memory(error) from error
+        summary = records.summary(self.config, self.task, self.run.metrics(), self.state.network)
+        if self.accelerator.is_main_process:
+            write_json(self.run.path / "summary.json", summary)
+        self.accelerator.end_training()
+        return summary
+
+    def _run_epochs(self) -> None:
         epochs, steps = self.config.epochs, len(self.data.train)
         start_tracker(self.accelerator, self.config)
         with self.shutdown, Reporter(epochs * steps, self.progress.step, quiet=self.quiet) as reporter:
-            config, resumed = self.config, f", from step {self.progress.step}" if self.progress.step else ""
-            reporter.say(f"training {config.model} with {config.method} on {config.data} in {config.out}{resumed}")
+            self.shutdown.watch(reporter.console)
+            config = self.config
+            reporter.say(describe_start(self))
+            if left_out := describe_left_out(self.data.info.train_size, config.batch_size, config.augment.repeats):
+                reporter.say(left_out)
             while self.progress.epoch < epochs:
                 self.train_epoch(reporter)
                 record = self._evaluate()
@@ -127,11 +166,6 @@ class Trainer:
                 self._record_step(AsyncCopy(self._reduce_loss_and_signals(self._zero())))
                 if self.stopped_by and self.progress.epoch < epochs:
                     raise self._interrupted()
-        summary = records.summary(self.config, self.task, self.run.metrics(), self.state.network)
-        if self.accelerator.is_main_process:
-            write_json(self.run.path / "summary.json", summary)
-        self.accelerator.end_training()
-        return summary
 
     def train_epoch(self, reporter: Reporter) -> None:
         """Runs the rest of the epoch in progress.
@@ -141,17 +175,18 @@ class Trainer:
         progress, train = self.progress, self.data.train
         batches = len(train)
         self.model.train()
-        skipped_before = progress.skipped - train.skipped
+        train.unreadable.update(progress.unreadable)
         started, images_before = time.perf_counter(), progress.images
         pending: AsyncCopy | None = None
         for batch in train.epoch(progress.epoch, progress.batch):
-            step = AsyncCopy(self._step(batch))
+            step = AsyncCopy(self.step(batch))
             if pending:
                 self._record_step(pending)
             progress.images += batch.size * self.accelerator.num_processes
             progress.batch += 1
             progress.step += 1
-            progress.skipped = skipped_before + train.skipped
+            if train.skipped != progress.skipped:
+                progress.unreadable, progress.skipped = tuple(sorted(train.unreadable)), train.skipped
             pending = step
             saves = self.stopped_by or (self.config.save_steps and progress.step % self.config.save_steps == 0)
             if saves or progress.batch == batches:
@@ -172,7 +207,7 @@ class Trainer:
                 started, images_before = time.perf_counter(), progress.images
         progress.seconds += time.perf_counter() - started
 
-    def _step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any) -> Tensor:
         """One optimizer step; returns what `_reduce_loss_and_signals` makes of its loss."""
         progress, config = self.progress, self.config
         seed_everything(config.seed, progress.epoch, progress.batch, self.accelerator.process_index)
@@ -202,13 +237,13 @@ class Trainer:
         return total
 
     def _reduce_loss_and_signals(self, loss: Tensor) -> Tensor:
-        """The loss over all processes, and how many of them received Ctrl-C and SIGTERM, `(3,)`.
+        """The loss over all processes, and how many of them were asked to stop by each of STOPPED_BY, `(5,)`.
 
         A process that stopped alone would leave the others waiting for its gradients.
         """
-        requested, loss = self.shutdown.requested, loss.detach().double()
+        requested, loss = self.shutdown.requested, loss.detach().to(sum_device(loss.device)).double()
         # Filled in on the device: a copy from the host would be waited for.
-        received = [loss.new_full((), requested == number) for number in (signal.SIGINT, signal.SIGTERM)]
+        received = [loss.new_full((), requested == number) for number in STOPPED_BY]
         values = torch.stack([loss, *received])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "sum")
@@ -218,8 +253,8 @@ class Trainer:
     def _record_step(self, values: AsyncCopy) -> None:
         """Adds the last loss and records signals; raises NonFiniteLoss if the loss is NaN or infinite."""
         progress = self.progress
-        loss, interrupts, terminations = values.wait()
-        self.stopped_by = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+        loss, *received = values.wait()
+        self.stopped_by = next((number for number, count in zip(STOPPED_BY, received, strict=True) if count), 0)
         if not math.isfinite(loss):
             position = f"step {progress.step} (epoch {progress.epoch + 1}, batch {progress.batch})"
             raise self._diverged(f"the loss is {loss} at {position}")
@@ -233,8 +268,8 @@ class Trainer:
         averaged = self.task.evaluate(ema.module, self.data.val, self.accelerator) if ema is not None else None
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         record = records.epoch_record(progress, lr, trained, averaged)
-        value = record[records.selecting_metric(self.config, self.task)]
-        best = records.is_better(self.task, value, progress.best)
+        value = record[selecting_metric(self.config)]
+        best = is_better(self.task, value, progress.best)
         progress.best = value if best else progress.best
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         if self.accelerator.is_main_process:
@@ -249,16 +284,26 @@ class Trainer:
     def _interrupted(self) -> Interrupted:
         """The end of a run that a signal stopped, once its checkpoint is saved."""
         self.accelerator.wait_for_everyone()  # torchrun kills the others when one of them ends
-        what = "Ctrl-C" if self.stopped_by == signal.SIGINT else "SIGTERM"
         return Interrupted(
-            f"{what}: stopped after step {self.progress.step}, which is saved; "
+            f"{STOPPED_BY[signal.Signals(self.stopped_by)]}: stopped after step {self.progress.step}, which is saved; "
             f"continue with `mpvg train --resume {self.run.path}`",
             128 + self.stopped_by,
         )
 
+    def _out_of_memory(self, error: OutOfMemory) -> OutOfMemory:
+        """The error with how to continue, where a checkpoint is there."""
+        path = self.run.path
+        if not has_checkpoint(path):
+            return error
+        return OutOfMemory(
+            f"{error}; or continue with `mpvg train --resume {path}` where more is free, or after loader.workers is "
+            f"changed in its config.yaml"
+        )
+
     def _diverged(self, what: str) -> NonFiniteLoss:
         last = self.run.path / "checkpoints" / "last"
-        kept = f"{last} ({last.readlink()}) is kept" if last.is_symlink() else "no checkpoint had been saved yet"
+        name = read_pointer(last.parent, "last")
+        kept = f"{last} ({name}) is kept" if name else "no checkpoint had been saved yet"
         cure = "train a new run with a lower lr, a longer optim.warmup_epochs or optim.clip_grad 1.0"
         return NonFiniteLoss(f"{what}; {kept}; {cure}")
 
@@ -280,3 +325,19 @@ class Trainer:
 
     def _zero(self) -> Tensor:
         return torch.zeros((), device=self.accelerator.device)
+
+
+def _free(path: Path) -> None:
+    """Leaves a run folder in which nothing was saved to a new run with the same --out."""
+    if not any((path / name).exists() for name in ("checkpoints", "track")):
+        (path / "config.yaml").unlink(missing_ok=True)
+
+
+def _check_pairs(config: RunConfig, processes: int) -> None:
+    """Mixup and CutMix pair the images of a process's share of a batch, before it is split into parts."""
+    share = config.batch_size // processes
+    if config.augment.mixes and share % 2:
+        raise ValueError(
+            f"batch_size {config.batch_size} gives each of {processes} processes {share} images, but mixup and cutmix "
+            f"pair them; give a multiple of {2 * processes}, or set augment.mixup and augment.cutmix to 0"
+        )

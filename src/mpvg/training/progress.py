@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mpvg.validation import printable
+
 PLAIN_SECONDS = 30.0
 """Seconds between plain lines inside an epoch."""
 
@@ -76,7 +78,7 @@ class Reporter:
     def say(self, line: str) -> None:
         """Prints a line."""
         if not self.quiet:
-            (self.live.console if self.live else self.console).print(line, markup=False)
+            (self.live.console if self.live else self.console).print(printable(line), markup=False)
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """The lines that a run leaves: one of metrics.jsonl per epoch, and summary.json at the end."""
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -9,22 +8,11 @@ import torch
 from torch import nn
 
 from mpvg.config import RunConfig
+from mpvg.models.network import count_parameters
 from mpvg.runs.environment import commit, hardware
-from mpvg.tasks import Evaluation, Task
+from mpvg.tasks import Evaluation, Task, is_better, selecting_metric
 from mpvg.tasks.task import EMA
 from mpvg.training.state import TrainProgress
-
-
-def selecting_metric(config: RunConfig, task: Task[Any]) -> str:
-    """Name, in a line of metrics.jsonl, of the metric that chooses the best checkpoint."""
-    return f"{EMA}{task.best}" if config.ema_selects else task.best
-
-
-def is_better(task: Task[Any], value: float, best: float | None) -> bool:
-    """Whether a value of the task's metric is better than the best so far; anything is better than None and NaN."""
-    if best is None or math.isnan(best):
-        return True
-    return value > best if task.metrics[task.best].higher_is_better else value < best
 
 
 def epoch_record(
@@ -51,7 +39,7 @@ def summary(
     config: RunConfig, task: Task[Any], metrics: Sequence[Mapping[str, Any]], network: nn.Module
 ) -> dict[str, Any]:
     """The run in one line: what a study collects."""
-    selecting = selecting_metric(config, task)
+    selecting = selecting_metric(config)
     last, best = metrics[-1], metrics[0]
     for line in metrics:
         best = line if is_better(task, line[selecting], best[selecting]) else best
@@ -74,7 +62,7 @@ def summary(
     if config.ema_decay:
         values |= {f"{EMA}{name}": last[f"{EMA}{name}"] for name in task.summarized}
     return values | {
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": count_parameters(network),
         "images_per_second": last["images_per_second"],
         "seconds": last["seconds"],
         "skipped": last["skipped"],

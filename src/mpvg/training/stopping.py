@@ -1,16 +1,27 @@
-"""SIGTERM and Ctrl-C while a run trains: the step in progress is finished and saved first."""
+"""Signals and a closed output while a run trains: the step in progress is finished and saved first."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import ClassVar
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from rich.console import Console
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED_BY = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "SIGHUP",
+    signal.SIGPIPE: "the output is no longer read",
+}
+"""What can stop a run -> how it is called. SIGPIPE stands for the error that a closed pipe gives."""
 DEBOUNCE_SECONDS = 1.0
 """A second Ctrl-C within this time is taken for a copy of the first: torchrun sends one besides the terminal's."""
 
@@ -43,12 +54,20 @@ class GracefulShutdown:
         self.quiet = quiet
         self._handlers_before: dict[signal.Signals, signal._HANDLER] = {}
         self._requested_at = 0.0
+        self._console: Console | None = None
+
+    def watch(self, console: Console) -> None:
+        """Takes a pipe that is closed (`mpvg train ... | head -1`) for a request to stop; rich would exit at once."""
+        self._console = console
+        console.on_broken_pipe = partial(self._record, signal.SIGPIPE, None)  # type: ignore[method-assign]
 
     def __enter__(self) -> "GracefulShutdown":
         self.requested = 0
         if threading.current_thread() is threading.main_thread():
             _LoaderWorkers.install_hooks()
-            self._handlers_before = {number: signal.signal(number, self._record) for number in SIGNALS}
+            # nohup ignores SIGHUP for its command, which is to go on without its terminal.
+            ours = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self._handlers_before = {number: signal.signal(number, self._record) for number in ours}
             _LoaderWorkers.owner = self
         return self
 
@@ -70,8 +89,22 @@ class GracefulShutdown:
         if self.requested:
             return
         self.requested, self._requested_at = number, now
+        if self._console and (number == signal.SIGPIPE or (number == signal.SIGHUP and self._console.is_terminal)):
+            self._console.quiet = True
+            with contextlib.suppress(OSError, ValueError):  # it is no file of the system's
+                _discard(self._console.file.fileno())
         if not self.quiet:  # print() is not reentrant, and a handler may interrupt one
-            os.write(2, b"\nstopping: finishing the step and saving a checkpoint; press Ctrl-C to stop at once\n")
+            try:
+                os.write(2, b"\nstopping: finishing the step and saving a checkpoint; press Ctrl-C to stop at once\n")
+            except OSError:  # the terminal or the reader is gone
+                _discard(2)
+
+
+def _discard(descriptor: int) -> None:
+    """Sends to nowhere what is written to a file descriptor from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 class _LoaderWorkers:
@@ -101,6 +134,7 @@ class _LoaderWorkers:
     @classmethod
     def _kill_leftovers(cls) -> None:
         """Ends workers that an error left running; multiprocessing would send SIGTERM and wait for ever."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at the death of each
         for child in cls.signal_blocked:
             if child.is_alive():
                 child.kill()

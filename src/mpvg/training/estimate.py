@@ -1,0 +1,164 @@
+"""What a run takes, said before it begins: memory, time and disk. docs/scale.md says what is counted as memory."""
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from mpvg.data import ImageBatch
+
+if TYPE_CHECKING:
+    from mpvg.training.loop import Trainer
+
+SIZES = (8, 16)
+"""Batch sizes whose difference gives the bytes of an image."""
+MEASURED_STEPS = 5
+KEPT_CHECKPOINTS = 3
+"""Checkpoints that a run folder has while the third is written."""
+
+
+def describe_start(trainer: "Trainer") -> str:
+    """The run in one line: what is trained on what, where and for how long."""
+    config, info, step = trainer.config, trainer.data.info, trainer.progress.step
+    parameters = sum(parameter.numel() for parameter in trainer.state.network.parameters())
+    processes = trainer.accelerator.num_processes
+    device = f"{processes} x {trainer.accelerator.device.type}" if processes > 1 else trainer.accelerator.device.type
+    parts = [
+        f"training {config.model} with {config.method} on {config.data} in {config.out}: {info.train_size:,} images",
+        f"{info.num_classes} classes, {parameters:,} parameters",
+        f"{config.epochs} x {len(trainer.data.train)} steps on {device}, recipe {config.recipe}",
+        *taken_weights(trainer),
+        *([f"from step {step}"] if step else []),
+    ]
+    return ", ".join(parts)
+
+
+def taken_weights(trainer: "Trainer") -> list[str]:
+    """What the network took from other weights, where it starts from some, in one phrase."""
+    report: Any = getattr(trainer.state.network, "load_report", None)
+    if trainer.config.network.init is None or trainer.progress.step:
+        return []
+    if report is None:
+        return [f"weights from {trainer.config.network.init}"]
+    counts = [f"{len(getattr(report, what))} {what}" for what in ("taken", "resampled", "dropped", "new")]
+    return [f"weights from {trainer.config.network.init} ({', '.join(c for c in counts if not c.startswith('0 '))})"]
+
+
+def describe_cost(trainer: "Trainer", *, measure: bool) -> list[str]:
+    """What the run will take, in lines; `measure` trains a few steps, which nobody keeps."""
+    config, processes = trainer.config, trainer.accelerator.num_processes
+    share = config.batch_size // processes
+    part = -(-share // config.accumulate)
+    fixed, per_image = step_bytes(trainer, share)
+    shares = f"{share} images a step for each of {processes} processes" if processes > 1 else f"{share} images a step"
+    if config.accumulate > 1:
+        shares += f", {part} at once"
+    saved = checkpoint_bytes(trainer)
+    lines = [
+        shares,
+        f"memory: about {_size(fixed + part * per_image)} a process: {_size(fixed)}, and {_size(per_image)} for each "
+        "image at once; an estimate, without workspaces: keep 20 % free",
+        f"disk: {_size(KEPT_CHECKPOINTS * saved)} at most, {_size(saved)} a checkpoint",
+    ]
+    if not measure:
+        return [*lines, "time: not known; --measure trains a few steps to see"]
+    rate = images_per_second(trainer)
+    seconds = config.epochs * len(trainer.data.train) * config.batch_size / rate
+    return [*lines, f"time: about {seconds / 3600:.2g} hours at {rate:.0f} images/s, without evaluation"]
+
+
+def step_bytes(trainer: "Trainer", images: int) -> tuple[float, float]:
+    """The bytes that a process holds however many images go through at once, and those of each such image.
+
+    Args:
+        trainer: of the run.
+        images: of a process in a step, which are all there.
+    """
+    network, device = trainer.state.network, trainer.accelerator.device
+    kept = [kept_for_backward(trainer, size) for size in SIZES]
+    per_image = (kept[1] - kept[0]) / (SIZES[1] - SIZES[0])
+    trained = total_bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
+    weights = total_bytes([*network.parameters(), *network.buffers()])
+    averaged = weights if trainer.state.ema else 0
+    inputs = images * total_bytes(example_batch(trainer, 1, device=device))
+    fixed = weights + trained + optimizer_bytes(trainer) + averaged + inputs + kept[0] - SIZES[0] * per_image
+    return fixed, per_image
+
+
+def optimizer_bytes(trainer: "Trainer") -> int:
+    """Bytes of the optimizer's state, as AdamW has it: two numbers for each that is trained; SGD has one."""
+    trained = total_bytes(p for group in trainer.state.optimizer.param_groups for p in group["params"])
+    return trained * (1 if "momentum" in trainer.state.optimizer.param_groups[0] else 2)
+
+
+def checkpoint_bytes(trainer: "Trainer") -> int:
+    """Bytes of a checkpoint: weights, averaged weights and the optimizer's state."""
+    weights = total_bytes(trainer.state.network.state_dict().values())
+    return weights * (2 if trainer.state.ema else 1) + optimizer_bytes(trainer)
+
+
+def kept_for_backward(trainer: "Trainer", size: int) -> int:
+    """Bytes that autograd keeps of a batch, counted on tensors that have shapes but no values."""
+    network, mode = trainer.state.network, FakeTensorMode()
+    values: dict[str, Tensor] = {
+        name: mode.from_tensor(value) for name, value in (*network.named_parameters(), *network.named_buffers())
+    }
+    batch = ImageBatch(*map(mode.from_tensor, example_batch(trainer, size, device=trainer.accelerator.device)))
+    there = {tensor.untyped_storage()._cdata for tensor in (*values.values(), *batch)}
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that none makes room for another
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there:
+            kept[storage._cdata] = storage
+        return tensor
+
+    class Fake(nn.Module):
+        """The network with values that are not there."""
+
+        def forward(self, images: Tensor) -> Any:
+            return functional_call(network, values, (images,))
+
+    was_training = network.training
+    network.train()
+    with mode, saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
+        trainer.task.losses(Fake(), batch)
+    network.train(was_training)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def example_batch(trainer: "Trainer", size: int, *, device: torch.device) -> ImageBatch:
+    """Images without content, and targets as a step has them: with mixup, probabilities."""
+    info = trainer.data.info
+    images = torch.zeros(size, info.in_chans, info.img_size, info.img_size, device=device)
+    shape = (size, info.num_classes) if trainer.config.augment.mixes else (size,)
+    return ImageBatch(images, torch.zeros(shape, dtype=None if len(shape) > 1 else torch.int64, device=device))
+
+
+def images_per_second(trainer: "Trainer") -> float:
+    """Trains a few steps and measures them, without the first; the weights change and are not kept."""
+    trainer.model.train()
+    started = images = 0.0
+    for number, batch in enumerate(trainer.data.train.epoch(0)):
+        trainer.step(batch).tolist()  # waits for the device
+        if number:
+            images += batch.size * trainer.accelerator.num_processes
+        else:
+            started = time.perf_counter()
+        if number == MEASURED_STEPS or number + 1 == len(trainer.data.train):
+            break
+    return images / (time.perf_counter() - started) if images else float("nan")
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,23 @@
+"""`mpvg train --dry_run`: what a run would do and take."""
+
+from pathlib import Path
+
+from mpvg.config import RunConfig
+from mpvg.runs import ensure_new_run_dir
+from mpvg.training.estimate import describe_cost, describe_start
+from mpvg.training.loop import Trainer
+
+
+def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
+    """What `train` would do and take, in lines; no file is written.
+
+    Args:
+        config: of the run.
+        measure: whether to train a few steps to estimate the time.
+
+    Raises:
+        As `train`.
+    """
+    ensure_new_run_dir(Path(config.out))
+    trainer = Trainer.create(config, quiet=True)
+    return [describe_start(trainer), *describe_cost(trainer, measure=measure)]
