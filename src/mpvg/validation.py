@@ -204,6 +204,10 @@ def _fits(value: object, kind: Any) -> bool:
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if isinstance(value, (tuple, list)) and ... in arguments else arguments
         return isinstance(value, (tuple, list)) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, arguments[0]) and _fits(v, arguments[1]) for key, v in value.items()
+        )
     if kind in (int, float):
         number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
         return number and _is_ordinary(value)  # type: ignore[arg-type]

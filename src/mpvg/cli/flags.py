@@ -21,7 +21,7 @@ from mpvg.validation import parse_json, shorten, shown
 HELP = "see `mpvg train --help`"
 USAGE = "mpvg train [--data DATA] [--method METHOD] [--out RUN] [options] | mpvg train --resume RUN"
 DESCRIPTION = "Trains a network. Values come from the recipe, then from --config, then from the flags."
-FREE = ("method", "task_options")
+FREE = ("method", "task_options", "optim.rates")
 """Fields that hold a JSON object; the parts of a config are dataclasses instead."""
 
 
