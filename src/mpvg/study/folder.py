@@ -1,0 +1,169 @@
+"""The folder of a study: what is planned, what is done, and who does what.
+
+DIR/study.yaml     the study, its scale, and how many seeds
+DIR/ledger.jsonl   one line for each finished run, see `ledger`
+DIR/runs/<setting>/<arm>/seed<N>/
+DIR/claims/        a locked file for each run that a worker is doing now
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mpvg.config import RunConfig
+from mpvg.files import atomic_text, cannot_write, read_regular
+from mpvg.models import create_model
+from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
+from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
+from mpvg.validation import check, parse_yaml
+
+STUDY = "study.yaml"
+CLAIMS = "claims"
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study that is being run, or was."""
+
+    path: Path
+    study: Study
+    scale: str
+    seeds: int | None = None
+    """Repetitions of each arm; None: as many as each setting says."""
+    data: str | None = None
+    """Data in place of each setting's own."""
+
+    @property
+    def ledger(self) -> Path:
+        """The file of the finished runs."""
+        return self.path / LEDGER
+
+    @functools.cached_property
+    def refused(self) -> dict[tuple[str, str], str]:
+        """(setting, arm) -> why its network cannot run the arm."""
+        found: dict[tuple[str, str], str] = {}
+        for cell in make_cells(self.study, self.scale, self.path, seeds=1, data=self.data):
+            try:
+                with torch.device("meta"):
+                    _build(cell.config)
+            except ValueError as error:
+                found[cell.setting, cell.arm] = str(error)
+        return found
+
+    def cells(self) -> list[Cell]:
+        """The runs of the study, without those that a network cannot do."""
+        cells = make_cells(self.study, self.scale, self.path, seeds=self.seeds, data=self.data)
+        return [cell for cell in cells if (cell.setting, cell.arm) not in self.refused]
+
+    def rows(self) -> list[Row]:
+        """The finished runs.
+
+        Raises:
+            ValueError: the ledger is damaged, or a row is of another study or of another config than the plan's.
+        """
+        rows = read_ledger(self.ledger)
+        planned = {cell.key: cell.config.digest() for cell in self.cells()}
+        for number, row in enumerate(rows, 1):
+            other = (row.study, row.scale) != (self.study.name, self.scale)
+            if other or planned.get(row.key, row.digest) != row.digest:
+                raise ValueError(
+                    f"{self.ledger}, line {number}: arm {row.arm} in setting {row.setting} was run as {row.digest} of "
+                    f"{row.study} at {row.scale}, but this plan of {self.study.name} at {self.scale} has "
+                    f"{planned.get(row.key, 'no such run')}; give another --out, or the study that it was run with"
+                )
+        return rows
+
+    def missing(self) -> list[Cell]:
+        """The runs that are not finished."""
+        done = {row.key for row in self.rows()}
+        return [cell for cell in self.cells() if cell.key not in done]
+
+    @contextlib.contextmanager
+    def claim(self, key: Key) -> Iterator[bool]:
+        """Tries to take a run for this process alone; it is free again when the process ends, however it does.
+
+        Yields:
+            Whether it is this process's.
+        """
+        file = self.path / CLAIMS / "{}.{}.seed{}".format(*key)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            number = os.open(file, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise cannot_write(file, error) from error
+        try:
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+            file.unlink(missing_ok=True)  # whoever waits for the old file finds the run in the ledger
+        finally:
+            os.close(number)
+
+
+def _build(config: RunConfig) -> None:
+    network = config.network
+    create_model(config.model, config.method, num_classes=10, pos_std=network.pos_std)
+
+
+def make_folder(
+    path: Path, study: Study, scale: str, *, seeds: int | None = None, data: str | None = None
+) -> StudyFolder:
+    """Makes the folder of a study, or opens the one that is there to go on with it.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it holds another study, or another scale or other data of it.
+    """
+    study.settings(scale)
+    folder = StudyFolder(path, study, scale, seeds, data)
+    if (path / STUDY).exists():
+        found = open_folder(path)
+        for name in ("study", "scale", "data"):
+            if getattr(found, name) != getattr(folder, name):
+                was, now = ((f.study.name if name == "study" else getattr(f, name)) for f in (found, folder))
+                what = f"another {name} ({was}, now {now})" if was != now else "the study with other arms or settings"
+                raise ValueError(f"{path} holds {what}; give another --out, or the study that it was made with")
+        if seeds is None:
+            return found
+    elif path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty and holds no study; give another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    values = {**to_dict(study), "run": {"scale": scale, "seeds": seeds, "data": data}}
+    atomic_text(path / STUDY, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+    return folder
+
+
+def open_folder(path: Path) -> StudyFolder:
+    """Opens the folder of a study.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ValueError: study.yaml is damaged.
+    """
+    file = path / STUDY
+    try:
+        content = read_regular(file, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} holds no study: {STUDY} is missing; give a folder of `mpvg study`") from error
+    try:
+        values: Any = parse_yaml(content)
+        run = values.pop("run") if isinstance(values, dict) and isinstance(values.get("run"), dict) else {}
+        study = study_from(values)
+        scale, seeds, data = str(run.get("scale")), run.get("seeds"), run.get("data")
+        check("run.scale", scale, scale in study.scales, ", ".join(study.scales))
+        check("run.seeds", seeds, seeds is None or (type(seeds) is int and 1 <= seeds <= 10_000), "a whole number >= 1")
+        check("run.data", data, data is None or isinstance(data, str), "a text")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return StudyFolder(path, study, scale, seeds, data)

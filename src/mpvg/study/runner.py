@@ -1,0 +1,215 @@
+"""Runs a study: workers take the runs that the ledger lacks, one after another, until none is left.
+
+Workers of one or several commands, on one or several machines with a common file system, share a study.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from mpvg import runs, training
+from mpvg.files import read_regular
+from mpvg.runs.checkpoints import CHECKSUMS, MAX_JSON_BYTES, checkpoint_folder
+from mpvg.runs.environment import commit, hardware
+from mpvg.study.folder import StudyFolder, open_folder
+from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
+from mpvg.study.plan import Cell
+from mpvg.tasks import task_class
+from mpvg.validation import parse_json, printable
+
+POLL_SECONDS = 0.5
+
+
+def work(path: Path) -> None:
+    """Takes runs of a study until all that are missing are done, or being done by others.
+
+    Raises:
+        As `mpvg.training.train`, without NonFiniteLoss: a run that diverges is a row of the ledger.
+    """
+    folder = open_folder(path)
+    for cell in folder.missing():
+        with folder.claim(cell.key) as mine:
+            if mine and all(row.key != cell.key for row in read_ledger(folder.ledger)):
+                append_row(folder.ledger, run_cell(folder, cell))
+
+
+def run_cell(folder: StudyFolder, cell: Cell) -> Row:
+    """Trains or continues one run and returns its row."""
+    config, out = cell.config, Path(cell.config.out)
+    values: dict[str, Any] = {"status": "done"}
+    try:
+        if (out / "config.yaml").is_file():
+            if not runs.load(out).is_of(config.digest()):
+                raise ValueError(
+                    f"{out} holds a run with another config than this plan's; remove it, or give another --out"
+                )
+            summary = training.resume(out, quiet=True)
+        else:
+            summary = training.train(config, quiet=True)
+        values |= _of_summary(summary, config.task)
+        checksums = parse_json(read_regular(checkpoint_folder(out, "last") / CHECKSUMS, MAX_JSON_BYTES))
+        values["weights"] = checksums["model.safetensors"]
+    except training.NonFiniteLoss as error:
+        values = {"status": "diverged", "reason": str(error)}
+    info = runs.load(out).info
+    return Row(
+        study=folder.study.name,
+        scale=folder.scale,
+        setting=cell.setting,
+        arm=cell.arm,
+        seed=config.seed,
+        digest=config.digest(),
+        train_hash=info.train_hash,
+        val_hash=info.val_hash,
+        epochs=config.epochs,
+        version=metadata.version("mpvg"),
+        torch=torch.__version__,
+        hardware=hardware(),
+        threads=config.threads,
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=cell.folder,
+        config=config_differences(config),
+        **values,
+    )
+
+
+def _of_summary(summary: dict[str, Any], task: str) -> dict[str, Any]:
+    kind = task_class(task)
+    return {
+        "metrics": {name: summary[name] for name in kind.summarized},
+        "best": {kind.best: summary[f"best_{kind.best}"], "epoch": summary["best_epoch"]},
+        "parameters": summary["parameters"],
+        "seconds": summary["seconds"],
+    }
+
+
+def run_study(folder: StudyFolder, workers: int | None = None) -> None:
+    """Does what is missing, with worker processes on this machine.
+
+    Args:
+        folder: of the study.
+        workers: processes; None: one for each GPU where runs may use one, else one for each core.
+
+    Raises:
+        KeyboardInterrupt: a signal; every run is saved.
+        ValueError: a worker failed; the others have saved their runs.
+    """
+    missing = folder.missing()
+    if not missing:
+        return
+    gpus = torch.cuda.device_count() if any(cell.config.device != "cpu" for cell in missing) else 0
+    count = min(workers or gpus or os.cpu_count() or 1, len(missing))
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    processes = [
+        context.Process(target=_worker, args=(folder.path, errors, number % gpus if gpus else None))
+        for number in range(count)
+    ]
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{len(missing)} of {len(folder.cells())} runs are missing; {count} at a time", markup=False)
+    with _signals_to(processes) as received:
+        for process in processes:
+            process.start()
+        _watch(folder, processes, console, lambda: bool(received) or not errors.empty())
+        if not errors.empty():
+            raise ValueError(errors.get())
+        if received:
+            raise Stopped(received[0], folder)
+    killed = [process.exitcode for process in processes if process.exitcode]
+    if killed and folder.missing():
+        code = killed[0]
+        what = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise ValueError(
+            f"a worker {what}, perhaps for memory, and {len(folder.missing())} runs are missing; what was done is "
+            "kept: give the same command again, with fewer --workers if memory was short"
+        )
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal stopped a study; the runs in progress are saved."""
+
+    def __init__(self, number: int, folder: StudyFolder) -> None:
+        super().__init__(f"stopped; every run is saved, give the same command again to continue {folder.path}")
+        self.exit_code = 128 + number
+
+
+def _worker(path: Path, errors: Any, gpu: int | None) -> None:
+    """A worker process."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        work(path)
+    except KeyboardInterrupt as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        errors.put(str(error))
+        sys.exit(2)
+
+
+def _end_with(parent: int) -> None:
+    """Ends a worker, whose run is saved first, when the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _signals_to(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
+    """Hands signals that end a process on to the workers, and waits for them at the end; yields what was received."""
+    received: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGTERM)
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _watch(folder: StudyFolder, processes: Sequence[BaseProcess], console: Console, stops: Callable[[], bool]) -> None:
+    """Shows what is done until the workers end."""
+    cells = folder.cells()
+    seen = {row.key for row in read_ledger(folder.ledger)}
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("runs", total=len(cells), completed=len(seen))
+        running = True
+        while running and not stops():
+            running = any(process.is_alive() for process in processes)
+            if running:
+                time.sleep(POLL_SECONDS)
+            for row in read_ledger(folder.ledger):
+                if row.key not in seen:
+                    seen.add(row.key)
+                    text = f"{len(seen)}/{len(cells)} done  {row.setting}  {row.arm}  seed {row.seed}  {describe(row)}"
+                    progress.console.print(printable(text), markup=False)
+            progress.update(bar, completed=len(seen))
+
+
+def describe(row: Row) -> str:
+    """What came out of a run, in a few words."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in row.metrics.items()) or row.status
