@@ -198,7 +198,7 @@ def _with_kept_readout(spec: DeliverySpec, model: Any) -> DeliverySpec:
     # An LN after the mean has no tokens to which a PE could be added, and a class token without a row in the PE would
     # receive zeros, so that LN'_last would have no effect.
     no_row = model.global_pool == "token" and model.no_embed_class
-    return replace(spec, last_index=None) if no_row or isinstance(model.norm, nn.Identity) else spec
+    return spec.without_last() if no_row or isinstance(model.norm, nn.Identity) else spec
 
 
 def _remark(asked: DeliverySpec, spec: DeliverySpec, model: Any) -> str:

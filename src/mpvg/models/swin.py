@@ -1,7 +1,6 @@
 """Swin: stages with smaller grids and larger widths, with a delivered position embedding (PE)."""
 
 from collections.abc import Container
-from dataclasses import replace
 from itertools import accumulate, islice
 from typing import Any
 
@@ -52,7 +51,7 @@ class StagedDelivery(nn.ModuleList):
 
     def __init__(self, spec: DeliverySpec, depths: list[int], dims: list[int], *, eps: float) -> None:
         # In every stage the first layer receives a PE, too: resolve() sets first_layer to 0 for Swin.
-        specs = [replace(spec, last_index=None)] * (len(depths) - 1) + [spec]
+        specs = [spec.without_last()] * (len(depths) - 1) + [spec]
         stages = zip(specs, depths, dims, strict=True)
         super().__init__(PositionDelivery(stage, depth, dim, eps=eps) for stage, depth, dim in stages)
         self.hierarchical = spec.hierarchical
@@ -166,6 +165,8 @@ class DeliveredSwinTransformer(SwinTransformer):
         super().init_weights(mode, needs_reset=needs_reset)
         if hasattr(self, "pos_embed"):  # it does not exist yet when timm's constructor calls this
             self._init_pos_embed()
+            for stage in self.delivery.stages:
+                stage.reset_gains()
 
     def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
         """The raw PE, `(1, rows, D)` for the first stage, resampled to a grid of patches if one is given."""

@@ -109,14 +109,26 @@ class DeliveredVisionTransformer(VisionTransformer):
         self.set_delivery(spec)
 
     def set_delivery(self, spec: DeliverySpec) -> None:
-        """Creates the PositionDelivery of a resolved method, with every LN' at 1 and 0."""
-        prefix_rows = self.num_prefix_tokens if self.no_embed_class else 0
+        """Creates the PositionDelivery of a resolved method, with every LN' as the method starts it."""
         first: Any = self.blocks[0]
         delivery = PositionDelivery(
-            spec, len(self.blocks), self.embed_dim, eps=first.norm1.eps, prefix_rows=prefix_rows
+            spec,
+            len(self.blocks),
+            self.embed_dim,
+            eps=first.norm1.eps,
+            prefix_rows=self.num_prefix_tokens if self.no_embed_class else 0,
+            class_rows=0 if self.no_embed_class else self.num_prefix_tokens,
+            rows=self.pos_embed.shape[1],
         )
         self.spec = spec
         self.delivery = delivery.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+        self._start_beta()
+
+    @torch.no_grad()
+    def _start_beta(self) -> None:
+        """Adds to the Last LN's bias what LN'_last(pos_0) adds to the read-out, if the method starts it there."""
+        if self.spec.start_beta:
+            self.norm.bias.add_(self.pool(self.delivery.start(self.pos_embed))[0])
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initializes as DeiT does: timm's scheme, with the class token at std 0.02."""
@@ -127,6 +139,9 @@ class DeliveredVisionTransformer(VisionTransformer):
         if std != POS_STD:
             with torch.no_grad():
                 self.pos_embed.mul_(std / POS_STD)
+        if hasattr(self, "delivery"):  # it does not exist yet when timm's constructor calls this
+            self.delivery.reset_gains()
+            self._start_beta()
 
     def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
         """The raw PE, `(1, rows, D)`, resampled to a grid of patches if one is given."""
@@ -134,10 +149,10 @@ class DeliveredVisionTransformer(VisionTransformer):
 
     def deliver(self, pos: Tensor, grid: tuple[int, int] | None = None) -> DeliveredPE:
         """Computes what every layer and the Last LN receive; `pos` is `raw_pos_embed(grid)`."""
-        reference_pos = self.delivery.reference_pos
-        if reference_pos is not None and grid is not None:
-            reference_pos = self._resample(reference_pos, grid)
-        return self.delivery(pos, reference_pos=reference_pos)
+        tables = {"reference_pos": self.delivery.reference_pos, "table": self.delivery.table}
+        if grid is not None:
+            tables = {name: None if t is None else self._resample(t, grid) for name, t in tables.items()}
+        return self.delivery(pos, **tables)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images `(B, C, H, W)` to logits `(B, classes)`."""
@@ -200,9 +215,9 @@ class DeliveredVisionTransformer(VisionTransformer):
         check_divisible(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         grid = self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size)
-        if self.delivery.reference_pos is not None:
-            new_grid = self.patch_embed.grid_size
-            self.delivery.reference_pos = self._resample(self.delivery.reference_pos, new_grid, grid)
+        for name in ("reference_pos", "table"):
+            if (table := getattr(self.delivery, name)) is not None:
+                setattr(self.delivery, name, self._resample(table, self.patch_embed.grid_size, grid))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups for layer decay, with each LN' in the group of its layer's LN or of the Last LN."""

@@ -49,8 +49,27 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
         raise ValueError(
             f"optim.name is {optim.name!r}, which cannot be created here ({error}); use for example adamw"
         ) from error
+    _apply_rates(optimizer, model, optim.rates)
     pack(optimizer)  # refuses what cannot be saved, before any training
     return optimizer
+
+
+def _apply_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Splits the groups by the factors on their learning rates; timm's schedules multiply by a group's `lr_scale`.
+
+    Raises:
+        ValueError: a pattern is not valid, or matches no parameter that is trained.
+    """
+    factors: dict[int, float] = {}
+    for pattern, factor in reversed(list(rates.items())):  # the first pattern is written last, so it counts
+        factors |= {id(parameter): factor for parameter in _matching(model, pattern, "optim.rates")}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        for factor in dict.fromkeys(factors.get(id(parameter), 1.0) for parameter in group["params"]):
+            chosen = [parameter for parameter in group["params"] if factors.get(id(parameter), 1.0) == factor]
+            scale = {} if factor == 1.0 else {"lr_scale": group.get("lr_scale", 1.0) * factor}
+            groups.append(group | {"params": chosen} | scale)
+    optimizer.param_groups[:] = groups
 
 
 def _head_and_body(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -82,18 +101,21 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         ValueError: a pattern is not valid, or matches no parameter.
     """
-    named = dict(model.named_parameters())
     for pattern in patterns:
-        try:
-            found = [name for name in named if re.search(pattern, name)]
-        except re.error as error:
-            raise ValueError(f"optim.frozen: {pattern!r} is not a valid pattern ({error})") from error
-        if not found:
-            raise ValueError(
-                f"optim.frozen: no parameter matches {pattern!r}; the names are those in model.safetensors"
-            )
-        for name in found:
-            named[name].requires_grad_(False)
+        for parameter in _matching(model, pattern, "optim.frozen"):
+            parameter.requires_grad_(False)
+
+
+def _matching(model: nn.Module, pattern: str, field: str) -> list[nn.Parameter]:
+    """The parameters whose names match a regular expression."""
+    named = dict(model.named_parameters())
+    try:
+        found = [parameter for name, parameter in named.items() if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"{field}: {pattern!r} is not a valid pattern ({error})") from error
+    if not found:
+        raise ValueError(f"{field}: no parameter matches {pattern!r}; the names are those in model.safetensors")
+    return found
 
 
 @dataclass(frozen=True)
