@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower
 
 from mpvg.statistics import CONFIDENCE_LEVEL, Interval
 from mpvg.study.plan import Contrast, Study
 
 ALPHA = 1 - CONFIDENCE_LEVEL
+CONTROL_ALPHA = 0.01
+"""Level at which a control fails: many controls are looked at, and one in twenty would fail at 5 % by chance."""
 POWER = 0.8
 RESAMPLES = 20_000
 """Permutations that are drawn where there are more; 8 against 8 seeds have 12,870, which are all done."""
@@ -54,7 +53,7 @@ class Result:
     @property
     def differs(self) -> bool:
         """Whether there is a difference."""
-        return self.p_holm < ALPHA
+        return self.p_holm < (CONTROL_ALPHA if self.is_control else ALPHA)
 
     @property
     def is_equivalent(self) -> bool:
@@ -88,6 +87,8 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
     Raises:
         ValueError: an arm has fewer than two values, or the values are all equal.
     """
+    from statsmodels.stats.multitest import multipletests
+
     chosen = [contrast for contrast in study.contrasts if contrast.weights.keys() <= samples.keys()]
     tested = [(contrast, _two_sided(contrast.weights, samples)) for contrast in chosen]
     controls = {contrast.name for contrast in chosen if is_control(study, contrast)}
@@ -152,12 +153,15 @@ def seeds_to_differ(
     sd: float, margin: float, weights: Mapping[str, float] | None = None, *, alpha: float = ALPHA
 ) -> int:
     """Seeds of each arm for a power of 80 % to find a difference of the margin; arguments as `seeds_needed`."""
+    from statsmodels.stats.power import TTestIndPower
+
     effect = margin / max(sd * _spread(weights) / math.sqrt(2), 1e-300)
     return _fewest(lambda seeds: float(TTestIndPower().power(min(effect, 100.0), seeds, alpha)))
 
 
 def seeds_to_exclude(sd: float, margin: float, weights: Mapping[str, float] | None = None) -> int:
     """Seeds of each arm for a power of 80 % to show that there is no difference of the margin, where there is none."""
+    from scipy import stats
 
     def power(seeds: int) -> float:
         degrees, error = 2 * (seeds - 1), max(sd * _spread(weights) / math.sqrt(seeds), 1e-300)
@@ -213,6 +217,8 @@ def _spread(weights: Mapping[str, float] | None) -> float:
 
 def _two_sided(weights: Mapping[str, float], samples: Samples) -> float:
     """p of no difference: by permutation for one arm against another, else by Welch's t."""
+    from scipy import stats
+
     short = [arm for arm in weights if len(samples[arm]) < 2]
     if short:
         raise ValueError(f"arm {short[0]} has {len(samples[short[0]])} seeds; a test needs at least 2 of each arm")
@@ -255,6 +261,8 @@ def _t(weights: Mapping[str, float], samples: Samples) -> tuple[float, float]:
 
 
 def _interval(weights: Mapping[str, float], samples: Samples) -> Interval:
+    from scipy import stats
+
     difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
     half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
     return Interval(difference - half, difference + half)
@@ -262,6 +270,8 @@ def _interval(weights: Mapping[str, float], samples: Samples) -> Interval:
 
 def _equivalence_p(weights: Mapping[str, float], samples: Samples, margin: float) -> float:
     """p of a difference of at least the margin: the larger of two one-sided Welch tests (TOST)."""
+    from scipy import stats
+
     difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
     room = margin - abs(difference)
     if error == 0:

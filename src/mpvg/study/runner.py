@@ -61,8 +61,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         else:
             summary = training.train(config, quiet=True)
         values |= _of_summary(summary, config.task)
-        checksums = parse_json(read_regular(checkpoint_folder(out, "last") / CHECKSUMS, MAX_JSON_BYTES))
-        values["weights"] = checksums["model.safetensors"]
+        values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
     info = runs.load(out).info
@@ -86,6 +85,12 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         config=config_differences(config),
         **values,
     )
+
+
+def weights_hash(run: Path) -> str:
+    """SHA-256 of the weights of a run's last checkpoint."""
+    checksums = parse_json(read_regular(checkpoint_folder(run, "last") / CHECKSUMS, MAX_JSON_BYTES))
+    return str(checksums["model.safetensors"])
 
 
 def _of_summary(summary: dict[str, Any], task: str) -> dict[str, Any]:

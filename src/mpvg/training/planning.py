@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mpvg.config import RunConfig
 from mpvg.runs import ensure_new_run_dir
-from mpvg.training.estimate import describe_cost, describe_start
+from mpvg.training.estimate import describe_cost, describe_start, training_hours
 from mpvg.training.loop import Trainer
 
 
@@ -21,3 +21,12 @@ def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
     ensure_new_run_dir(Path(config.out))
     trainer = Trainer.create(config, quiet=True)
     return [describe_start(trainer), *describe_cost(trainer, measure=measure)]
+
+
+def measure_hours(config: RunConfig) -> float:
+    """The hours that `train` would take here without evaluation, after training a few steps that are not kept.
+
+    Raises:
+        As `train`.
+    """
+    return training_hours(Trainer.create(config, quiet=True))[0]

@@ -1,0 +1,331 @@
+"""The tables of a study in Markdown, LaTeX, HTML and CSV, its picture, and its numbers as JSON.
+
+All forms are made of the same blocks, which are made of `results` and of the paper's printed values.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mpvg.files import atomic_text, csv_text
+from mpvg.statistics import Interval
+from mpvg.study.contrasts import Result
+from mpvg.study.folder import open_folder
+from mpvg.study.results import ArmResult, SettingResult, StudyResults, collect
+from mpvg.tasks import Metric
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .5rem 0; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 10rem; }
+img { max-width: 100%; background: #fff; }
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table with what belongs to it."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def write_tables(path: Path) -> list[Path]:
+    """Writes table.md, table.tex, table.html, table.csv, results.json and bars.svg into a study's folder.
+
+    Args:
+        path: of the study; study.yaml and ledger.jsonl are all that is read.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: the study or its ledger is damaged.
+    """
+    folder = open_folder(path)
+    return write_results(collect(folder.study, folder.scale, folder.rows()), path)
+
+
+def write_results(results: StudyResults, path: Path) -> list[Path]:
+    """Writes what `write_tables` writes, from results.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    texts = render(results)
+    for name, text in texts.items():
+        atomic_text(path / name, text)
+    written = [path / name for name in texts]
+    if results.settings:
+        from mpvg import figures
+        from mpvg.study.bars import draw_bars
+
+        figures.save(draw_bars(results), path / "bars.svg")
+        written.append(path / "bars.svg")
+    return written
+
+
+def render(results: StudyResults) -> dict[str, str]:
+    """File name -> its text, for every form but the picture."""
+    blocks, top = make_blocks(results), header(results)
+    values = to_values(results)
+    return {
+        "table.md": to_markdown(results.study.question, top, blocks),
+        "table.tex": "\n".join(map(to_latex, blocks)),
+        "table.html": to_html(f"{results.study.name}: {results.study.question}", top, blocks),
+        "table.csv": csv_text(tuple(values["rows"][0]) if values["rows"] else ("setting",), values["rows"]),
+        "results.json": json.dumps(values, indent=1) + "\n",
+    }
+
+
+def header(results: StudyResults) -> list[str]:
+    """What stands above the tables."""
+    end_point, study = next(iter(results.study.margins)), results.study
+    return [
+        *(f"{setting.label}: {remark}" for setting in results.settings for remark in setting.remarks),
+        f"Study {study.name} at scale {results.scale}. End point: {results.metrics[end_point].title} after the last "
+        "epoch. Mean over seeds with 95 % interval. The best epoch is selected on the test set: shown, never tested.",
+        f"Made by {results.made}.",
+    ]
+
+
+def headline(results: StudyResults) -> list[str]:
+    """The verdicts on the end point, one line for each contrast, below what must be known before them."""
+    labels = {arm.name: arm.label for arm in results.study.arms}
+    end_point = next(iter(results.study.margins))
+    metric = results.metrics[end_point]
+    lines = []
+    for setting in results.settings:
+        lines += [f"{setting.label}: {remark}" for remark in setting.remarks]
+        for r in setting.contrasts.get(end_point, ()):
+            interval = f"{_signed(metric, r.interval.low)} to {_signed(metric, r.interval.high)}"
+            lines.append(
+                f"{setting.label}: {_formula(r, labels)}: {metric.title} {_signed(metric, r.difference)} ({interval}): "
+                f"{verdict(r, metric)}"
+            )
+    return lines
+
+
+def as_text(results: StudyResults) -> list[str]:
+    """The arms and the verdicts as lines for a terminal."""
+    lines = []
+    for setting in results.settings:
+        block = _arms_block(setting, results.metrics)
+        widths = [max(map(len, column)) for column in zip(block.head, *block.rows, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (block.head, *block.rows)
+        ]
+    return [*lines, "", *headline(results)]
+
+
+def make_blocks(results: StudyResults) -> list[Block]:
+    """The tables of a study: arms and contrasts of each setting, and the paper's values."""
+    blocks = []
+    for setting in results.settings:
+        blocks.append(_arms_block(setting, results.metrics))
+        blocks += [_contrasts_block(results, setting, metric) for metric in setting.contrasts]
+    return blocks + _paper_blocks(results.study.table)
+
+
+def paper_values() -> dict[str, Any]:
+    """The printed tables of the paper."""
+    values: dict[str, Any] = json.loads((resources.files("mpvg.study") / "paper.json").read_text("utf-8"))
+    return values["tables"]
+
+
+def _arms_block(setting: SettingResult, metrics: dict[str, Metric]) -> Block:
+    head = ("", "seeds", *(_title(metric) for metric in metrics.values()), "best epoch", "parameters")
+    rows = []
+    for arm in setting.arms:
+        count = len(next(iter(arm.values.values())))
+        shown = [_mean(arm, name, metric) for name, metric in metrics.items()]
+        best = f"{100 * sum(arm.best) / len(arm.best):.2f}" if arm.best else "-"
+        seeds = f"{count} ({arm.diverged} diverged)" if arm.diverged else str(count)
+        rows.append((arm.label, seeds, *shown, best, f"{arm.parameters:,}" if arm.parameters else "-"))
+    return Block(setting.label, head, tuple(rows))
+
+
+def _contrasts_block(results: StudyResults, setting: SettingResult, name: str) -> Block:
+    metric, labels = results.metrics[name], {arm.name: arm.label for arm in results.study.arms}
+    head = ("", f"difference in {_title(metric)}", "95 % interval", "p", "p (Holm)", "p (TOST)", "verdict")
+    rows = []
+    for r in setting.contrasts[name]:
+        interval = f"{_signed(metric, r.interval.low)} to {_signed(metric, r.interval.high)}"
+        values = _signed(metric, r.difference), interval, _p(r.p), "-" if r.is_control else _p(r.p_holm)
+        rows.append((_formula(r, labels), *values, _p(r.p_equivalent), verdict(r, metric)))
+    notes = tuple(f"{_formula(r, labels)}: {r.contrast.claim}" for r in setting.contrasts[name] if r.contrast.claim)
+    return Block(
+        f"{setting.label}: {metric.title}, margin {_plain(metric, results.study.margins[name])}",
+        head,
+        tuple(rows),
+        notes,
+    )
+
+
+def verdict(result: Result, metric: Metric) -> str:
+    """The word for a result, with its margin in the unit in which the metric is shown."""
+    word = result.word.replace(f"within {result.margin:g}", f"within {_plain(metric, result.margin)}")
+    if result.is_control:
+        return f"control: {word}" if result.differs else "control holds"
+    return word
+
+
+def _paper_blocks(table: str | None) -> list[Block]:
+    if table is None:
+        return []
+    given = paper_values()[table]
+    rows = tuple(
+        (label, *("-" if value is None else f"{value:.2f}" for value in values))
+        for label, values in given["rows"].items()
+    )
+    return [
+        Block(f"{given['title']} of the paper, {given['metric']}", ("", *given["columns"]), rows, tuple(given["notes"]))
+    ]
+
+
+def _title(metric: Metric) -> str:
+    return f"{metric.title}, %" if metric.percent else metric.title
+
+
+def _mean(arm: ArmResult, name: str, metric: Metric) -> str:
+    if not arm.values[name]:
+        return "-"
+    mean, interval = arm.mean(name)
+    return _plain(metric, mean) + (f" ± {_plain(metric, (interval.high - interval.low) / 2)}" if interval else "")
+
+
+def _plain(metric: Metric, value: float) -> str:
+    return f"{100 * value:.2f}" if metric.percent else f"{value:.4f}"
+
+
+def _signed(metric: Metric, value: float) -> str:
+    return f"{100 * value:+.2f}" if metric.percent else f"{value:+.4f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _formula(result: Result, labels: dict[str, str]) -> str:
+    """A contrast as text, such as "PVG - GAP"."""
+    parts = []
+    for arm, weight in sorted(result.contrast.weights.items(), key=lambda item: -item[1]):
+        size = "" if abs(weight) == 1 else f"{abs(weight):g} x "
+        sign = " - " if weight < 0 else " + "
+        label = f"({labels[arm]})" if any(c in labels[arm] for c in ",-+") else labels[arm]
+        parts.append(f"{sign}{size}{label}")
+    return "".join(parts).removeprefix(" + ")
+
+
+def to_markdown(title: str, top: Iterable[str], blocks: Sequence[Block]) -> str:
+    """The blocks as a Markdown page."""
+    lines = [f"# {title}", "", *(line for text in top for line in (text, ""))]
+    for block in blocks:
+        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (block.head, *block.rows)]
+        lines += [f"## {block.title}", "", "| " + " | ".join(escaped[0]) + " |"]
+        lines += ["|" + "---|" + "---:|" * (len(block.head) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in escaped[1:]]
+        lines += ["", *(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_latex(block: Block) -> str:
+    """A block as a LaTeX table; it needs the package booktabs."""
+
+    def text(value: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in value)
+
+    columns = "l" + "r" * (len(block.head) - 1)
+    rows = [" & ".join(map(text, row)) + r" \\" for row in block.rows]
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{text(block.title)}}}", rf"\begin{{tabular}}{{{columns}}}"]
+    lines += [r"\toprule", " & ".join(map(text, block.head)) + r" \\", r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", r"\end{table}", ""])
+
+
+def to_html(title: str, top: Iterable[str], blocks: Sequence[Block]) -> str:
+    """The blocks as a page that needs nothing else but bars.svg beside it."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in top)]
+    parts.append(
+        '<p><img src="bars.svg" alt="Every seed of every arm, with means and intervals; the numbers follow."></p>'
+    )
+    for block in blocks:
+        body = "".join(row(cells, "td") for cells in block.rows)
+        head = row(block.head, "th")
+        parts.append(
+            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(block.title)}"><table>'
+            f"<caption>{escape(block.title)}</caption><thead>{head}</thead><tbody>{body}</tbody></table></div>"
+        )
+        if block.notes:
+            parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in block.notes) + "</ul>")
+    content = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body><main>\n{content}\n</main></body></html>\n"
+    )
+
+
+def to_values(results: StudyResults) -> dict[str, Any]:
+    """All numbers, JSON-safe: one row for each arm and metric, and one for each contrast and metric."""
+    rows, contrasts = [], []
+    for setting in results.settings:
+        for arm in setting.arms:
+            for metric, values in arm.values.items():
+                mean, interval = arm.mean(metric) if values else (None, None)
+                rows.append(
+                    {
+                        "setting": setting.name,
+                        "arm": arm.name,
+                        "metric": metric,
+                        "seeds": len(values),
+                        "diverged": arm.diverged,
+                        "mean": mean,
+                        **_bounds(interval),
+                    }
+                )
+        for metric, found in setting.contrasts.items():
+            for r in found:
+                contrasts.append(
+                    {
+                        "setting": setting.name,
+                        "contrast": r.contrast.name,
+                        "metric": metric,
+                        "difference": r.difference,
+                        **_bounds(r.interval),
+                        "p": r.p,
+                        "p_holm": r.p_holm,
+                        "p_equivalent": r.p_equivalent,
+                        "margin": r.margin,
+                        "seeds": r.seeds,
+                        "needed": r.needed,
+                        "control": r.is_control,
+                        "verdict": r.word,
+                    }
+                )
+    return {
+        "study": results.study.name,
+        "scale": results.scale,
+        "made": results.made,
+        "rows": rows,
+        "contrasts": contrasts,
+    }
+
+
+def _bounds(interval: Interval | None) -> dict[str, float | None]:
+    return {"low": interval.low if interval else None, "high": interval.high if interval else None}
