@@ -65,7 +65,11 @@ def replay(row: Row, others: list[Row], out: Path) -> Replay:
         low, high = _prediction_interval([other.metrics[name] for other in others])
         within = value == summary[name] or low <= summary[name] <= high
         inside = inside and within
-        spread = f"; another seed lies in {metrics[name].format(low)} to {metrics[name].format(high)}" if len(others) > 1 else ""
+        spread = (
+            f"; another seed lies in {metrics[name].format(low)} to {metrics[name].format(high)}"
+            if len(others) > 1
+            else ""
+        )
         lines.append(
             f"{metrics[name].title}: {metrics[name].format(summary[name])}, the row has "
             f"{metrics[name].format(value)}{spread}"
