@@ -102,19 +102,23 @@ def header(results: StudyResults) -> list[str]:
 
 def headline(results: StudyResults) -> list[str]:
     """The verdicts on the end point, one line for each contrast, below what must be known before them."""
-    labels = {arm.name: arm.label for arm in results.study.arms}
     end_point = next(iter(results.study.margins))
     metric = results.metrics[end_point]
     lines = []
     for setting in results.settings:
         lines += [f"{setting.label}: {remark}" for remark in setting.remarks]
         for r in setting.contrasts.get(end_point, ()):
-            interval = f"{_signed(metric, r.interval.low)} to {_signed(metric, r.interval.high)}"
-            lines.append(
-                f"{setting.label}: {_formula(r, labels)}: {metric.title} {_signed(metric, r.difference)} ({interval}): "
-                f"{verdict(r, metric)}"
-            )
+            formula, difference = describe_result(results, r)
+            lines.append(f"{setting.label}: {formula}: {metric.title} {difference}: {verdict(r, metric)}")
     return lines
+
+
+def describe_result(results: StudyResults, result: Result) -> tuple[str, str]:
+    """A contrast as a formula, and its difference with the interval."""
+    metric = results.metrics[result.metric]
+    interval = f"{_signed(metric, result.interval.low)} to {_signed(metric, result.interval.high)}"
+    formula = _formula(result, {arm.name: arm.label for arm in results.study.arms})
+    return formula, f"{_signed(metric, result.difference)} ({interval})"
 
 
 def as_text(results: StudyResults) -> list[str]:
