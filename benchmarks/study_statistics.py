@@ -1,0 +1,70 @@
+"""Do the intervals of a study cover, and do its tests keep their size?
+
+    python benchmarks/study_statistics.py --json benchmarks/records/study_statistics.json   # one core, 10 minutes
+
+Draws runs of three arms from one normal distribution and counts how often the 95 % interval holds the true difference,
+a permutation test rejects at 5 %, any of three contrasts does after Holm's correction, and two arms that differ by the
+margin are called equivalent. Exit status: 0 if each rate is within three standard errors of what it should be, else 2.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from mpvg.runs.environment import environment
+from mpvg.study.contrasts import evaluate
+from mpvg.study.plan import Arm, Contrast, Setting, Study
+
+STUDY = Study(
+    name="simulation",
+    question="Do tests keep their size?",
+    reference="a",
+    margins={"nll": 1.0},
+    arms=tuple(Arm(name=name, label=name, set={"method": name}) for name in "abc"),
+    contrasts=tuple(Contrast(name=x + y, weights={x: 1.0, y: -1.0}) for x, y in ("ab", "ac", "bc")),
+    scales={"tiny": (Setting(name="x", recipe="digits", seeds=2),)},
+)
+
+
+def simulate(seeds: int, repetitions: int) -> dict[str, float]:
+    """The rates for so many seeds of each arm."""
+    draw = np.random.default_rng(0)
+    counts = dict.fromkeys(("coverage", "size", "family", "equivalent at the margin"), 0)
+    for _ in range(repetitions):
+        given = {name: list(draw.normal(0, 1, seeds)) for name in "abc"}
+        results = evaluate(STUDY, given, "nll")
+        counts["coverage"] += results[0].interval.low <= 0 <= results[0].interval.high
+        counts["size"] += results[0].p < 0.05
+        counts["family"] += any(result.differs for result in results)
+        apart = {"a": [value + 1.0 for value in given["a"]], "b": given["b"]}
+        counts["equivalent at the margin"] += evaluate(STUDY, apart, "nll")[0].is_equivalent
+    return {name: count / repetitions for name, count in counts.items()}
+
+
+def main() -> int:
+    """Simulates, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 8])
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    bound = 3 * math.sqrt(0.05 * 0.95 / given.repetitions)
+    found = {}
+    for seeds in given.seeds:
+        found[str(seeds)] = rates = simulate(seeds, given.repetitions)
+        print(f"{seeds} seeds: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items()))
+    holds = all(
+        abs(r["coverage"] - 0.95) <= bound and max(v for n, v in r.items() if n != "coverage") <= 0.05 + bound
+        for r in found.values()
+    )
+    if given.json:
+        values = {"repetitions": given.repetitions, "rates": found, **environment()}
+        given.json.write_text(json.dumps(values, indent=1) + "\n")
+    return 0 if holds else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
