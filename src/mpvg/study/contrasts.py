@@ -85,7 +85,7 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
         metric: its name, one of the study's margins.
 
     Raises:
-        ValueError: an arm has fewer than two values, or the values are all equal.
+        ValueError: an arm has fewer than two values.
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -94,7 +94,7 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
     controls = {contrast.name for contrast in chosen if is_control(study, contrast)}
     family = [p for contrast, p in tested if contrast.name not in controls]
     corrected = iter(multipletests(family, method="holm")[1] if family else ())
-    sd, margin = pooled_sd(samples), study.margins[metric]
+    margin = study.margins[metric]
     results = []
     for contrast, p in tested:
         control = contrast.name in controls
@@ -111,7 +111,7 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
                 p_holm=p if control else float(next(corrected)),
                 margin=margin,
                 p_equivalent=_equivalence_p(contrast.weights, samples, margin),
-                needed=seeds_needed(sd, margin, contrast.weights, alpha=ALPHA / count),
+                needed=seeds_needed(_sd(contrast.weights, samples), margin, contrast.weights, alpha=ALPHA / count),
                 smallest_p=min(1.0, count * smallest_p(seeds)) if _is_pair(contrast.weights) else 0.0,
                 is_control=control,
             )
@@ -204,6 +204,13 @@ def decidable(study: Study, sd: float, seeds: int, metric: str) -> str:
         f"{metric}: the standard deviation over seeds is {sd:.3g}; a difference of {margin:g} is found with a power of "
         f"80 % by {needed[0]} seeds of each arm, and excluded by {needed[1]}: {seeds} are {enough}"
     )
+
+
+def _sd(weights: Mapping[str, float], samples: Samples) -> float:
+    """Standard deviation over seeds of a contrast's arms, weighted as they enter it: arms may spread differently."""
+    squares = {arm: weight**2 for arm, weight in weights.items()}
+    total = sum(square * float(np.var(samples[arm], ddof=1)) for arm, square in squares.items())
+    return math.sqrt(total / sum(squares.values()))
 
 
 def _is_pair(weights: Mapping[str, float]) -> bool:

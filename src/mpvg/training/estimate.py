@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from mpvg.data import ImageBatch
+from mpvg.training.normalization import describe_normalization
 
 if TYPE_CHECKING:
     from mpvg.training.loop import Trainer
@@ -33,6 +34,7 @@ def describe_start(trainer: "Trainer") -> str:
         f"{info.num_classes} classes, {parameters:,} parameters",
         f"{config.epochs} x {len(trainer.data.train)} steps on {device}, recipe {config.recipe}",
         *taken_weights(trainer),
+        *describe_normalization(config),
         *([f"from step {step}"] if step else []),
     ]
     return ", ".join(parts)
