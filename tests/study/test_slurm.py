@@ -124,9 +124,8 @@ def test_a_job_whose_time_is_nearly_up_saves_its_run_and_is_queued_again(tmp_pat
     assert job.exitcode == QUEUED_AGAIN
     assert interrupted.rows() == []
     cell = interrupted.cells()[0]
-    assert (
-        interrupted.path / cell.folder / "checkpoints/last"
-    ).resolve().name == f"step-{STEP + 1:08}"  # signals are read a step later
+    last = interrupted.path / cell.folder / "checkpoints/last"
+    assert last.resolve().name == f"step-{STEP + 1:08}", "a signal is read one step later"
     assert run_cell(interrupted, cell).weights == run_cell(whole, whole.cells()[0]).weights
 
 
