@@ -162,7 +162,8 @@ class PositionDelivery(nn.Module):
 
     def _untrained_norm(self, norm: nn.LayerNorm, value: Tensor) -> Tensor:
         gain = self.spec.last_gain if norm is self.last_norm else self.spec.gain
-        return F.layer_norm(value, norm.normalized_shape, eps=norm.eps) * gain
+        # With a weight, as LN' has one, so that the difference to an untrained LN' is 0 in every dtype.
+        return F.layer_norm(value, norm.normalized_shape, torch.full_like(norm.weight, gain), eps=norm.eps)
 
     def extra_repr(self) -> str:
         """Shows the spec in `print(model)`."""
