@@ -122,4 +122,4 @@ def test_the_command_prints_every_form_and_writes_all(
     assert main(["compare", str(root), "--margin", "nll=none"]) == 2
     assert "--margin is 'nll=none'; allowed: METRIC=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "nothing")]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "no run in" in capsys.readouterr().err
