@@ -1,5 +1,6 @@
 """Statistics against scipy, statsmodels, known answers and simulation."""
 
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,15 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind
 
 from mpvg.study import contrasts
-from mpvg.study.contrasts import Result, evaluate, pooled_sd, seeds_to_differ, seeds_to_exclude, smallest_p
+from mpvg.study.contrasts import (
+    Result,
+    decidable,
+    evaluate,
+    pooled_sd,
+    seeds_to_differ,
+    seeds_to_exclude,
+    smallest_p,
+)
 from mpvg.study.plan import Arm, Contrast, Setting, Study
 
 PAIR = {"a": 1.0, "b": -1.0}
@@ -39,8 +48,6 @@ def test_a_difference_is_tested_by_all_permutations_and_by_welch() -> None:
     given = samples(a=1.0, b=0.8)
     (result,) = evaluate(make_study(PAIR), given, "nll")
     values, a = given["a"] + given["b"], np.array(given["a"])
-    import itertools
-
     every = [sum(values[i] for i in chosen) for chosen in itertools.combinations(range(16), 8)]
     extreme = np.abs(2 * np.array(every) / 8 - sum(values) / 8) >= abs(result.difference) - 1e-12
     assert result.p == pytest.approx(extreme.mean(), abs=2e-4)  # 12,870 permutations, without drawing
@@ -108,7 +115,54 @@ def test_the_smallest_p_of_few_seeds() -> None:
     given = {"a": [0.0, 0.1, 0.2], "b": [5.0, 5.1, 5.2]}  # as far apart as three seeds can be
     (result,) = evaluate(make_study(PAIR), given, "nll")
     assert result.p == pytest.approx(0.1)
-    assert result.word.startswith("undecided: needs 4 seeds (3 cannot show a difference)")
+    assert result.word == "undecided: needs 4 seeds (3 cannot show a difference)"
+
+
+def test_the_seeds_that_are_needed_pass_holms_correction() -> None:
+    """With four contrasts, the smallest p of four seeds is 4 x 0.029: it is the fifth that can pass."""
+    weights = [{"a": 1.0, name: -1.0} for name in "bcde"]
+    apart = {name: [10.0 * place + 0.1 * seed for seed in range(4)] for place, name in enumerate("abcde")}
+    results = evaluate(make_study(*weights), apart, "nll")
+    assert [r.p_holm for r in results] == pytest.approx([4 * 2 / 70] * 4)
+    assert {r.word for r in results} == {"undecided: needs 5 seeds (4 cannot show a difference)"}
+    five = {name: [*values, values[-1] + 0.1] for name, values in apart.items()}
+    assert {r.word for r in evaluate(make_study(*weights), five, "nll")} == {"lower"}
+
+
+def test_contrasts_that_are_tested_by_t_take_no_seeds_from_those_by_permutation() -> None:
+    four = {"a": 1.0, "b": -1.0, "c": -1.0, "d": 1.0}
+    study = make_study(PAIR, *({name: w * k for name, w in four.items()} for k in (1, 2, 3)))
+    given = {name: [level + 0.01 * seed for seed in range(4)] for name, level in zip("abcd", (9, 5, 1, 2), strict=True)}
+    results = evaluate(study, given, "nll")
+    assert results[0].p_holm == pytest.approx(2 / 70), "three t tests come first, so that nothing is left to correct"
+    assert [r.word for r in results] == ["higher"] * 4
+
+
+def test_the_smallest_p_is_that_of_the_seeds_that_did_not_diverge() -> None:
+    assert smallest_p(3, 5) == pytest.approx(2 / 56)
+    given = {"a": [5.0, 5.1, 5.2], "b": [0.0, 0.1, 0.2, 0.3, 0.4]}
+    (result,) = evaluate(make_study(PAIR), given, "nll")
+    assert result.p == pytest.approx(result.smallest_p)
+    assert result.word == "higher"
+
+
+def test_a_control_of_few_seeds_cannot_fail() -> None:
+    given = {"a": [0.0, 0.1, 0.2, 0.3], "b": [5.0, 5.1, 5.2, 5.3]}
+    (control,) = evaluate(make_study(PAIR, again=True), given, "nll")
+    assert not control.can_differ
+    (enough,) = evaluate(make_study(PAIR, again=True), {k: [*v, v[-1] + 0.1] for k, v in given.items()}, "nll")
+    assert enough.can_differ
+    assert enough.differs
+
+
+def test_what_can_be_decided_is_said_for_the_contrast_that_needs_most() -> None:
+    four = {"a": 1.0, "b": -1.0, "c": -1.0, "d": 1.0}
+    pairs = decidable(make_study(PAIR, margin=0.5), 0.5, 17, "nll")
+    assert "by 17 seeds of each arm, and excluded by 18: 17 are too few" in pairs
+    found, excluded = seeds_to_differ(0.5, 0.5, four, alpha=0.025), seeds_to_exclude(0.5, 0.5, four)
+    text = decidable(make_study(PAIR, four), 0.5, 100, "nll")
+    assert f"by {found} seeds of each arm, and excluded by {excluded}: 100 are enough" in text
+    assert "by 5 seeds of each arm" in decidable(make_study(*({"a": 1.0, x: -1.0} for x in "bcde")), 1e-6, 4, "nll")
 
 
 def test_the_pooled_spread_is_blind_to_the_means() -> None:
@@ -181,9 +235,9 @@ def test_intervals_cover_and_equivalence_keeps_its_size() -> None:
 
 
 def test_the_permutation_test_keeps_its_size() -> None:
-    draw, repetitions = np.random.default_rng(0), 100
+    draw, repetitions = np.random.default_rng(0), 200
     rejected = 0
     for _ in range(repetitions):
         given = {name: list(draw.normal(0, 1, 4)) for name in "ab"}
         rejected += contrasts._two_sided(PAIR, given) < 0.05
-    assert rejected / repetitions <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / repetitions)
+    assert 0 < rejected / repetitions <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / repetitions)
