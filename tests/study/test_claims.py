@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from mpvg.study import claims
 from mpvg.study.claims import Evidence, claims_page, generated, paper_as_data, read_claims, read_results, verdict
-from mpvg.study.contrasts import Interval, Result
+from mpvg.statistics import Interval
+from mpvg.study.contrasts import Result
 from mpvg.study.plan import Contrast, read_study, ready_studies
 from mpvg.study.results import SettingResult
+from mpvg.study.tables import write_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +96,7 @@ def test_the_pictures_are_those_of_the_ledgers(tmp_path: Path) -> None:
     assert folders
     for folder in folders:
         copy = Path(shutil.copytree(folder, tmp_path / folder.name))
-        claims.write_tables(copy)
+        write_tables(copy)
         assert filecmp.cmp(copy / "bars.svg", folder / "bars.svg", shallow=False), folder
 
 
