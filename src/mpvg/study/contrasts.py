@@ -233,9 +233,8 @@ def decidable(study: Study, sd: float, seeds: int, metric: str) -> str:
     excluded_by = max(seeds_to_exclude(sd, margin, weights) for weights in questions)
     enough = "enough" if seeds >= max(found_by, excluded_by) else "too few"
     return (
-        f"{metric}: the standard deviation over seeds is {sd:.3g}; a difference of {margin:g} in any "
-        f"contrast is found with a power of 80 % by {found_by} seeds of each arm, and excluded by {excluded_by}: {seeds} "
-        f"are {enough}"
+        f"{metric}: the standard deviation over seeds is {sd:.3g}; a difference of {margin:g} in any contrast is found "
+        f"with a power of 80 % by {found_by} seeds of each arm, and excluded by {excluded_by}: {seeds} are {enough}"
     )
 
 
