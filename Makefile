@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 DATA ?= digits
-OUT ?= demo
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -32,10 +31,12 @@ format: $(STAMP) ## rewrite the code in the one format
 mutants: $(STAMP) ## put plausible bugs into copies of the package: each must make a test fail
 	$(VENV)/bin/python tests/mutations.py
 
+demo: OUT ?= demo
 demo: $(STAMP) ## train and compare on data that needs no download: DATA=digits OUT=demo
 	$(VENV)/bin/mpvg demo --data $(DATA) --out $(OUT)
 
-study: $(STAMP) ## Tables 1 and 6 on digits, 5 seeds each: OUT=demo
+study: OUT ?= studies
+study: $(STAMP) ## Tables 1 and 6 on digits, 5 seeds each: OUT=studies
 	$(VENV)/bin/mpvg study table1 --scale tiny --seeds 5 --out $(OUT)/table1-tiny
 	$(VENV)/bin/mpvg study table6 --scale tiny --seeds 5 --out $(OUT)/table6-tiny
 

@@ -103,3 +103,8 @@ def test_an_arm_that_a_network_cannot_run_is_left_out_with_the_reason(tmp_path: 
     folder = StudyFolder(tmp_path, parse_study(text.encode(), "mini.yaml"), "tiny")
     assert {cell.arm for cell in folder.cells()} == {"gap", "gap_again"}
     assert "last_index 11 asks for pos_11" in folder.refused["digits", "pvg"]
+
+
+def test_the_study_in_the_docs_is_valid() -> None:
+    text = (Path(__file__).parents[2] / "docs/study.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert len(make_cells(parse_study(text.encode(), "docs/study.md"), "tiny", Path("out"))) == 4 * 8

@@ -1,11 +1,13 @@
 """Runs a small study in real processes: killed, shared, stopped, diverging."""
 
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 
 from mpvg import runs
 from mpvg.cli.main import main
-from mpvg.study.folder import make_folder
+from mpvg.files import temp_path
+from mpvg.runs.lock import RunLockedError
+from mpvg.study.folder import make_folder, open_folder
 from mpvg.study.ledger import Row, read_ledger
 from mpvg.study.plan import Study, parse_study
 from mpvg.study.replay import choose_row, replay
@@ -165,3 +169,62 @@ def test_elsewhere_a_row_is_compared_with_its_arms_other_seeds(study: Study, tmp
     far = [type(row)(**{**vars(other), "metrics": {"accuracy": 0.9, "nll": 9 + n}}) for n, other in enumerate(others)]
     moved = type(row)(**{**vars(row), "weights": "0" * 64, "metrics": {"accuracy": 0.9, "nll": 9.0}})
     assert not replay(moved, far, tmp_path / "third").agrees
+
+
+def test_a_run_that_another_machine_holds_stops_only_itself(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    cell = folder.cells()[0]
+    run_cell(folder, cell)
+    (folder.path / cell.folder / "summary.json").unlink()
+    (folder.path / cell.folder / ".lock").write_text('{"pid": 5, "host": "elsewhere", "boot": "other"}')
+    with pytest.raises(RunLockedError, match=r"locked by pid 5 on elsewhere.*--break_lock"):
+        work(folder.path)
+    assert [one.key for one in folder.missing()] == [cell.key]
+
+
+def _hold_with_a_child(path: Path, started: Connection) -> None:
+    """Claims a run and forks a child that outlives this process, as a loader worker may."""
+    folder = open_folder(path)
+    with folder.claim(folder.cells()[0].key):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        started.send(child)
+        time.sleep(60)
+
+
+def test_a_claim_ends_with_its_process_although_a_child_lives_on(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny")
+    key = folder.cells()[0].key
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold_with_a_child, args=(folder.path, there))
+    process.start()
+    child = here.recv()
+    with folder.claim(key) as mine:
+        assert not mine
+    process.kill()
+    process.join()
+    with folder.claim(key) as mine:
+        assert mine
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_study_that_was_killed_while_its_plan_was_written_starts_anew(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    temp_path(out / "study.yaml").write_text("study:")
+    assert make_folder(out, study, "tiny").missing()
+
+
+def test_a_pilot_shows_no_arms_result(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["study", str(study_file), "--out", str(out), "--workers", "1", "--seeds", "2", "--pilot"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "6/6 done" in printed
+    assert "seeds" in printed
+    for row in read_ledger(out / "ledger.jsonl"):
+        for value in row.metrics.values():
+            assert f"{value:.4f}" not in printed
+            assert f"{100 * value:.2f}" not in printed

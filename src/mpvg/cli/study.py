@@ -73,11 +73,8 @@ def study(arguments: list[str]) -> int:
     made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data)
     for (setting, arm), reason in made.refused.items():
         say(f"arm {arm} is left out of {setting}: {reason}")
-    if given.slurm:
-        return _submit(made, given.slurm, given.workers or 1)
-    from mpvg.study.runner import run_study
-
-    run_study(made, given.workers)
+    if not _run(made, given.slurm, given.workers, blind=given.pilot):
+        return 0
     return _pilot(made) if given.pilot else _finish(made)
 
 
@@ -123,21 +120,24 @@ def _dry_run(folder: "StudyFolder") -> int:
     return 0
 
 
-def _submit(folder: "StudyFolder", options: str, workers: int) -> int:
+def _run(folder: "StudyFolder", slurm: str | None, workers: int | None, *, blind: bool) -> bool:
+    """Does what is missing, or submits it; returns whether it has ended."""
+    if slurm is None:
+        from mpvg.study.runner import run_study
+
+        run_study(folder, workers, blind=blind)
+        return True
     from mpvg.study.slurm import LOCAL, submit
 
-    jobs = submit(folder, options, workers)
-    say(
-        f"submitted {len(jobs)} jobs: {', '.join(str(job.job_id) for job in jobs)}; logs are in {folder.path / 'slurm'}"
-    )
-    if options != LOCAL:
-        say(
-            "when they have ended, give the same command without --slurm: it does what is missing and writes the tables"
-        )
-        return 0
+    jobs = submit(folder, slurm, workers or 1)
+    logs = folder.path / "slurm"
+    say(f"submitted {len(jobs)} jobs: {', '.join(str(job.job_id) for job in jobs)}; logs are in {logs}")
+    if slurm != LOCAL:
+        say("when they have ended, give the same command without --slurm: it does what is missing and ends as usual")
+        return False
     for job in jobs:
         job.result()
-    return _finish(folder)
+    return True
 
 
 def _pilot(folder: "StudyFolder") -> int:

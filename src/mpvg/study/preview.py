@@ -29,10 +29,11 @@ def preview(folder: StudyFolder) -> list[str]:
         if own:
             with tempfile.TemporaryDirectory() as out:
                 each = measure_hours(replace(own[0].config, out=str(Path(out) / "run")))
-            hours += each * len(own)
+            epochs = own[0].config.epochs
+            hours += each * sum(cell.config.epochs for cell in own) / epochs
             lines.append(
                 f"{setting.label}: {len(arms)} arms x {max(arms.values())} seeds, {60 * each:.2g} minutes a run of "
-                f"{own[0].config.epochs} epochs"
+                f"{epochs} epochs"
             )
     lines.append(f"about {hours:.2g} hours of one worker, {hours / cores:.2g} with {cores} at a time")
     return lines + describe_spread(folder)

@@ -1,5 +1,6 @@
 """Workers of a study as an array of SLURM jobs, through submitit."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,40 @@ LOCAL = "local"
 """In place of SLURM's options: submitit's own processes on this machine, to try a study out."""
 
 
+TIME_IS_NEARLY_UP = signal.SIGUSR2
+"""The signal by which submitit is told so, 90 seconds ahead unless `signal_delay_s` says otherwise."""
+MAX_REQUEUES = 1000
+"""How often a job may run out of time; submitit's own limit of 3 is short for a study."""
+
+
 class Worker:
-    """What a job does; a job that runs out of time is put back into the queue, and its run continues."""
+    """What a job does; a job that runs out of time saves its run and is put back into the queue, where it continues."""
 
     def __call__(self, path: str) -> None:
         """Takes runs of the study in a folder until none is missing."""
-        work(Path(path))
+        bypass, requeue = signal.getsignal(signal.SIGTERM), signal.getsignal(TIME_IS_NEARLY_UP)
+        warned = False
+
+        def stop(number: int, frame: Any) -> None:
+            nonlocal warned
+            warned = True
+            signal.raise_signal(signal.SIGTERM)  # which training takes for: finish the step and save
+
+        def end(number: int, frame: Any) -> None:  # between two runs, where there is nothing to save
+            raise KeyboardInterrupt
+
+        signal.signal(TIME_IS_NEARLY_UP, stop)
+        signal.signal(signal.SIGTERM, end)
+        try:
+            work(Path(path))
+        except KeyboardInterrupt:
+            if warned and callable(requeue):
+                signal.signal(signal.SIGTERM, bypass)  # SLURM sends it to a job that is queued again
+                requeue(TIME_IS_NEARLY_UP, None)
+            raise
 
     def checkpoint(self, path: str) -> Any:
-        """What submitit queues again when the time is up: a run continues from its last checkpoint."""
+        """What submitit queues again."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, path)
@@ -35,8 +61,10 @@ def parse_options(text: str) -> dict[str, Any]:
     for part in () if text == LOCAL else text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--slurm has {shown(part)}; allowed: NAME=VALUE,... as submitit names them, or {LOCAL}")
+            raise ValueError(f"--slurm has {shown(part)}; allowed: NAME=VALUE,... as sbatch names them, or {LOCAL}")
         options[name] = int(value) if value.isdecimal() else value
+        if name == "time" and not isinstance(options[name], int):
+            raise ValueError(f"--slurm has {shown(part)}; allowed: a whole number of minutes")
     return options
 
 
@@ -50,7 +78,7 @@ def submit(folder: StudyFolder, options: str, workers: int) -> list[Any]:
 
     Raises:
         ModuleNotFoundError: submitit is not installed.
-        ValueError: this machine has no SLURM, or an option is unknown.
+        ValueError: this machine has no SLURM, or an option is unknown, or `time` is missing.
     """
     import submitit
 
@@ -61,12 +89,18 @@ def submit(folder: StudyFolder, options: str, workers: int) -> list[Any]:
         raise ValueError(
             "this machine has no SLURM (srun was not found); submit from a login node, or leave --slurm out"
         )
-    executor: Any = submitit.LocalExecutor(logs) if local else submitit.SlurmExecutor(logs)
+    if not local and "time" not in given:
+        raise ValueError("--slurm lacks time=MINUTES of each job; a job that needs longer is queued again")
+    kind: Any = submitit.LocalExecutor if local else submitit.SlurmExecutor
+    executor = kind(logs, max_num_timeout=MAX_REQUEUES)
     try:
         executor.update_parameters(
             **given, **({"array_parallelism": workers} if not local else {"timeout_min": 60 * 24})
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--slurm {shown(options)} is refused by submitit ({error})") from error
+        reason = str(error).splitlines()[0]  # then come all names that there are, one a line
+        raise ValueError(
+            f"--slurm {shown(options)} is refused by submitit ({reason}); give sbatch's names with _ for -"
+        ) from error
     jobs: list[Any] = executor.map_array(Worker(), [str(folder.path.resolve())] * workers)
     return jobs
