@@ -153,6 +153,7 @@ def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
 def results_section(studies: Sequence[StudyResults]) -> str:
     """The README's table of verdicts."""
     lines = ["| claim | scale | verdict | NLL, difference (95 %) |", "|---|---|---|---|"]
+    untested = []
     for claim in read_claims():
         findings = [found for _, several in find(claim, studies) for found in several]
         for found in findings:
@@ -160,7 +161,9 @@ def results_section(studies: Sequence[StudyResults]) -> str:
             scale = f"{found.results.scale}, {found.setting.label}, {found.result.seeds} seeds"
             lines.append(f"| {claim.claim} | {scale} | {found.verdict} | {formula}: {difference} |")
         if not findings:
-            lines.append(f"| {claim.claim} | - | not tested here | - |")
+            untested.append(claim.claim)
+    if untested:
+        lines += ["", f"Not tested here yet: {'; '.join(untested)}."]
     return "\n".join(lines)
 
 
