@@ -1,9 +1,11 @@
 """Tables: one recomputed by hand from a ledger, every form of it, and names that try to break out."""
 
+import base64
 import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from scipy import stats
 
 from mpvg.study.folder import make_folder
 from mpvg.study.ledger import read_ledger
-from mpvg.study.plan import Study, parse_study
+from mpvg.study.paper import printed_tables
+from mpvg.study.plan import Study, parse_study, read_study, ready_studies
 from mpvg.study.results import collect
-from mpvg.study.tables import headline, paper_values, render, write_tables
+from mpvg.study.tables import headline, render, write_tables
 from study_text import TEXT, row_values, write_ledger
 
 VALUES = {
@@ -91,10 +94,29 @@ def test_latex_and_html_escape_names(study: Study, tmp_path: Path) -> None:
     path = write(tmp_path, odd, ledger_rows())
     write_tables(path)
     tex, html = (path / "table.tex").read_text(), (path / "table.html").read_text()
-    assert r"<b>100 \%\_a \& \{x\} \textbackslash{} \$y\$ | z & 5" in tex
+    assert r"$<$b$>$100 \%\_a \& \{x\} \textbackslash{} \$y\$ $|$ z & 5" in tex
     assert "<td>&lt;b&gt;100 %_a &amp; {x} \\ $y$ | z</td>" in html
     assert "<b>" not in html
-    assert "$y$ \\| z | 5 |" in (path / "table.md").read_text()
+    page = (path / "table.md").read_text()
+    assert "&lt;b>100" in page
+    assert "$y$ \\| z | 5 |" in page
+
+
+def test_a_name_stays_in_its_row(study: Study, tmp_path: Path) -> None:
+    odd = parse_study(TEXT.replace("label: PVG", r'label: "![x](https://y)\n\n| z"').encode(), "mini.yaml")
+    path = write(tmp_path, odd, ledger_rows())
+    write_tables(path)
+    assert "| !\\[x](https://y) \\| z | 5 |" in (path / "table.md").read_text()
+    assert "![x](https://y) $|$ z & 5" in (path / "table.tex").read_text()
+
+
+def test_the_page_holds_its_picture_and_asks_for_nothing(study: Study, tmp_path: Path) -> None:
+    path = write(tmp_path, study, ledger_rows())
+    write_tables(path)
+    page = (path / "table.html").read_text()
+    (picture,) = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert base64.b64decode(picture) == (path / "bars.svg").read_bytes()
+    assert not re.search(r"(src|href)=\"(?!data:)|<script|url\(", page)
 
 
 def test_runs_that_diverged_are_counted_and_in_no_mean(study: Study, tmp_path: Path) -> None:
@@ -104,6 +126,7 @@ def test_runs_that_diverged_are_counted_and_in_no_mean(study: Study, tmp_path: P
     write_tables(path)
     page = (path / "table.md").read_text()
     assert "digits: 1 of 5 runs of GAP diverged; they are in no mean." in page
+    assert "Not every arm has as many runs" not in page
     assert f"| GAP | 4 (1 diverged) | {np.mean([nll for nll, _ in VALUES['gap'][1:]]):.4f} ±" in page
 
 
@@ -130,16 +153,51 @@ def test_one_seed_gives_means_and_no_test(study: Study, tmp_path: Path) -> None:
     texts = render(collect(study, "tiny", read_ledger(write(tmp_path, study, rows) / "ledger.jsonl")))
     assert "| GAP | 1 | 2.1000 | 80.00 |" in texts["table.md"]
     assert "PVG - GAP" not in texts["table.md"]
+    assert "digits: Fewer than 2 runs, so that nothing is tested: GAP, PVG, GAP again." in texts["table.md"]
 
 
-def test_the_papers_values_stand_below(study: Study, tmp_path: Path) -> None:
-    text = TEXT.replace("reference: gap", "reference: gap\ntable: table6")
+def test_a_study_that_is_not_complete_says_so(study: Study, tmp_path: Path) -> None:
+    rows = [row for row in ledger_rows() if (row["arm"], row["seed"]) not in (("pvg", 3), ("pvg", 4))]
+    results = collect(study, "tiny", read_ledger(write(tmp_path, study, rows) / "ledger.jsonl"))
+    assert headline(results)[0] == "digits: Not every arm has as many runs: PVG has 3, GAP has 5."
+
+
+def test_a_control_that_cannot_fail_is_no_control(study: Study, tmp_path: Path) -> None:
+    rows = [row for row in ledger_rows() if row["seed"] % 1000 < 4]
+    texts = render(collect(study, "tiny", read_ledger(write(tmp_path, study, rows) / "ledger.jsonl")))
+    assert "| no control: 4 seeds cannot show a difference |" in texts["table.md"]
+
+
+def test_the_papers_values_stand_beside_and_below(study: Study, tmp_path: Path) -> None:
+    text = TEXT.replace("reference: gap", "reference: gap\ntable: fig5")
     path = write(tmp_path, parse_study(text.encode(), "mini.yaml"), ledger_rows())
     write_tables(path)
-    assert "| MPVG, not hierarchical | 73.48 |" in (path / "table.md").read_text()
+    page = (path / "table.md").read_text()
+    assert "| paper: DeiT-Ti, top-1, % | paper: above GAP |" in page
+    rows = {line.split(" | ")[0]: line for line in page.splitlines() if " ± " in line}
+    assert rows["| GAP"].endswith("| 100 | 72.40 | +0.00 |")
+    assert rows["| PVG"].endswith("| 100 | 73.17 | +0.77 |")
+    assert rows["| GAP again"].endswith("| 100 | - | - |")
+    assert "| GAP, PE at the Last LN | 72.14 |" in page
+
+
+def test_a_network_of_the_paper_stands_beside_its_own_column() -> None:
+    table = printed_tables()["table1"]
+    assert table.columns[table.column("Swin-Ti")] == "Swin-Ti"
+    assert table.columns[table.column("ViT, digits")] == "DeiT-Ti"
 
 
 def test_the_papers_tables_are_complete() -> None:
-    for table in paper_values().values():
-        assert table["title"]
-        assert all(len(row) == len(table["columns"]) for row in table["rows"].values())
+    assert set(printed_tables()) == {*(f"table{number}" for number in range(1, 7)), "fig1", "fig5"}
+    for table in printed_tables().values():
+        assert all(len(row) == len(table.columns) for row in table.rows.values())
+    with pytest.raises(ValueError, match="unknown table of the paper 'table9'"):
+        parse_study(TEXT.replace("reference: gap", "reference: gap\ntable: table9").encode(), "mini.yaml")
+
+
+def test_the_arms_of_ready_studies_are_called_as_in_the_paper() -> None:
+    for study in map(read_study, ready_studies()):
+        if study.table is not None:
+            assert printed_tables()[study.table].rows.keys() <= {arm.label for arm in study.arms}, study.name
+            columns = printed_tables()[study.table].columns
+            assert [s.label for s in study.scales.get("paper", ())] == list(columns), study.name

@@ -15,8 +15,9 @@ import numpy as np
 from mpvg.files import atomic_text
 from mpvg.study.contrasts import Result
 from mpvg.study.folder import STUDY, open_folder
+from mpvg.study.paper import printed_tables
 from mpvg.study.results import SettingResult, StudyResults, collect
-from mpvg.study.tables import describe_result, paper_values, render, write_tables
+from mpvg.study.tables import describe_result, render, write_tables
 from mpvg.validation import build, check_choices, parse_yaml
 
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -170,19 +171,22 @@ def paper_as_data() -> list[str]:
     """What the paper's own tables say when they are taken as data, as lines of Markdown."""
     from scipy import stats
 
-    tables = paper_values()
+    tables = printed_tables()
+
+    def values(table: str, row: str) -> list[float]:
+        return [value for value in tables[table].rows[row] if value is not None]
 
     def differences(first: str, second: str) -> list[float]:
-        pairs = [zip(tables[t]["rows"][first], tables[t]["rows"][second], strict=True) for t in ("table1", "table2")]
+        pairs = [zip(values(name, first), values(name, second), strict=True) for name in ("table1", "table2")]
         return [round(a - b, 2) for pair in pairs for a, b in pair]
 
     mpvg, pvg = differences("MPVG", "PVG"), differences("PVG", "LaPE")
     sign = stats.binomtest(sum(d > 0 for d in mpvg), len(mpvg)).pvalue
     wilcoxon = stats.wilcoxon(pvg).pvalue
-    five = [values[0] for label, values in tables["table5"]["rows"].items() if label.startswith("k")]
-    six = [values[0] for values in tables["table6"]["rows"].values()]
-    repeats = tables["table1"]["repeats"]["DeiT-Ti"]
-    spread = {name: f"{np.std(values, ddof=1):.2f}" for name, values in (("5", five), ("6", six), ("", repeats))}
+    five = [values("table5", label)[0] for label in tables["table5"].rows if label.startswith("k")]
+    six = [values("table6", label)[0] for label in tables["table6"].rows]
+    repeats = tables["table1"].repeats["DeiT-Ti"]
+    spread = {name: f"{np.std(given, ddof=1):.2f}" for name, given in (("5", five), ("6", six), ("", repeats))}
     return [
         "## The paper's tables as data",
         "",

@@ -15,6 +15,7 @@ from mpvg.config import RunConfig, flatten
 from mpvg.delivery import as_spec
 from mpvg.files import read_regular
 from mpvg.recipes import recipe, scale_schedule
+from mpvg.study.paper import printed_table
 from mpvg.validation import build, check, parse_yaml, shown, unknown_name
 
 MAX_BYTES = 2**16
@@ -193,6 +194,8 @@ def study_from(values: Any) -> Study:
     plain = {key: value for key, value in values.items() if key not in ("study", "scales", *parts)}
     study: Study = build(Study, {**plain, **parts, "scales": {}}, "")
     study = replace(study, scales=scales)
+    if study.table is not None:
+        printed_table(study.table)
     _check(study)
     return study
 

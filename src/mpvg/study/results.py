@@ -131,10 +131,16 @@ def _remarks(result: SettingResult, rows: Sequence[Row]) -> list[str]:
     remarks = []
     if not result.controls_hold:
         remarks.append("An arm differs from itself on other seeds, so the other differences here say nothing.")
+    runs = {arm.label: len(next(iter(arm.values.values()))) + arm.diverged for arm in result.arms}
+    if len(set(runs.values())) > 1:
+        fewest, most = (pick(runs, key=lambda label: runs[label]) for pick in (min, max))
+        remarks.append(f"Not every arm has as many runs: {fewest} has {runs[fewest]}, {most} has {runs[most]}.")
+    few = [arm.label for arm in result.arms if len(next(iter(arm.values.values()))) < LEAST_SEEDS]
+    if few:
+        remarks.append(f"Fewer than {LEAST_SEEDS} runs, so that nothing is tested: {', '.join(few)}.")
     for arm in result.arms:
         if arm.diverged:
-            runs = len(next(iter(arm.values.values()))) + arm.diverged
-            remarks.append(f"{arm.diverged} of {runs} runs of {arm.label} diverged; they are in no mean.")
+            remarks.append(f"{arm.diverged} of {runs[arm.label]} runs of {arm.label} diverged; they are in no mean.")
     for what in ("train_hash", "torch", "hardware"):
         values = {getattr(row, what) for row in rows}
         if len(values) > 1:

@@ -4,10 +4,6 @@ All forms are made of the same blocks, which are made of `results` and of the pa
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +11,11 @@ from mpvg.files import atomic_text, csv_text
 from mpvg.statistics import Interval
 from mpvg.study.contrasts import Result
 from mpvg.study.folder import open_folder
+from mpvg.study.formats import Block, to_html, to_latex, to_markdown
+from mpvg.study.paper import printed_table
+from mpvg.study.plan import Study
 from mpvg.study.results import ArmResult, SettingResult, StudyResults, collect
 from mpvg.tasks import Metric
-
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-_LATEX |= {character: f"\\{character}" for character in "&%$#_{}"}
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .5rem 0; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #8886; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 10rem; }
-img { max-width: 100%; background: #fff; }
-"""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One table with what belongs to it."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
 
 
 def write_tables(path: Path) -> list[Path]:
@@ -63,30 +39,33 @@ def write_results(results: StudyResults, path: Path) -> list[Path]:
         OSError: a file cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    texts = render(results)
-    for name, text in texts.items():
-        atomic_text(path / name, text)
-    written = [path / name for name in texts]
+    texts, picture = render(results), None
     if results.settings:
         from mpvg import figures
         from mpvg.study.bars import draw_bars
 
         figures.save(draw_bars(results), path / "bars.svg")
-        written.append(path / "bars.svg")
-    return written
+        picture = (path / "bars.svg").read_bytes()
+    texts["table.html"] = to_html(_title(results.study), header(results), make_blocks(results), picture)
+    for name, text in texts.items():
+        atomic_text(path / name, text)
+    return [*(path / name for name in texts), *([path / "bars.svg"] if picture is not None else [])]
 
 
 def render(results: StudyResults) -> dict[str, str]:
-    """File name -> its text, for every form but the picture."""
+    """File name -> its text, for every form without the picture."""
     blocks, top = make_blocks(results), header(results)
     values = to_values(results)
     return {
-        "table.md": to_markdown(results.study.question, top, blocks),
-        "table.tex": "\n".join(map(to_latex, blocks)),
-        "table.html": to_html(f"{results.study.name}: {results.study.question}", top, blocks),
+        "table.md": to_markdown(_title(results.study), top, blocks),
+        "table.tex": to_latex([_title(results.study), *top], blocks),
         "table.csv": csv_text(tuple(values["rows"][0]) if values["rows"] else ("setting",), values["rows"]),
         "results.json": json.dumps(values, indent=1) + "\n",
     }
+
+
+def _title(study: Study) -> str:
+    return f"{study.name}: {study.question}"
 
 
 def header(results: StudyResults) -> list[str]:
@@ -125,7 +104,7 @@ def as_text(results: StudyResults) -> list[str]:
     """The arms and the verdicts as lines for a terminal."""
     lines = []
     for setting in results.settings:
-        block = _arms_block(setting, results.metrics)
+        block = _arms_block(results, setting)
         widths = [max(map(len, column)) for column in zip(block.head, *block.rows, strict=True)]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -138,32 +117,45 @@ def make_blocks(results: StudyResults) -> list[Block]:
     """The tables of a study: arms and contrasts of each setting, and the paper's values."""
     blocks = []
     for setting in results.settings:
-        blocks.append(_arms_block(setting, results.metrics))
+        blocks.append(_arms_block(results, setting))
         blocks += [_contrasts_block(results, setting, metric) for metric in setting.contrasts]
     return blocks + _paper_blocks(results.study.table)
 
 
-def paper_values() -> dict[str, Any]:
-    """The printed tables of the paper."""
-    values: dict[str, Any] = json.loads((resources.files("mpvg.study") / "paper.json").read_text("utf-8"))
-    return values["tables"]
-
-
-def _arms_block(setting: SettingResult, metrics: dict[str, Metric]) -> Block:
-    head = ("", "seeds", *(_title(metric) for metric in metrics.values()), "best epoch", "parameters")
+def _arms_block(results: StudyResults, setting: SettingResult) -> Block:
+    metrics = results.metrics
+    head = ("", "seeds", *(_unit(metric) for metric in metrics.values()), "best epoch", "parameters")
+    printed_head, printed = _printed_beside(results.study, setting.label)
     rows = []
     for arm in setting.arms:
         count = len(next(iter(arm.values.values())))
         shown = [_mean(arm, name, metric) for name, metric in metrics.items()]
         best = f"{100 * sum(arm.best) / len(arm.best):.2f}" if arm.best else "-"
         seeds = f"{count} ({arm.diverged} diverged)" if arm.diverged else str(count)
-        rows.append((arm.label, seeds, *shown, best, f"{arm.parameters:,}" if arm.parameters else "-"))
-    return Block(setting.label, head, tuple(rows))
+        parameters = f"{arm.parameters:,}" if arm.parameters else "-"
+        rows.append((arm.label, seeds, *shown, best, parameters, *printed.get(arm.label, ["-"] * len(printed_head))))
+    return Block(setting.label, (*head, *printed_head), tuple(rows))
+
+
+def _printed_beside(study: Study, setting: str) -> tuple[tuple[str, ...], dict[str, tuple[str, str]]]:
+    """The heads of the paper's two columns, and label of an arm -> its value and what it is above the reference."""
+    if study.table is None:
+        return (), {}
+    table, reference = printed_table(study.table), study.arm(study.reference).label
+    column = table.column(setting)
+    values = {label: row[column] for label, row in table.rows.items()}
+    base = values.get(reference)
+    shown = {
+        label: (f"{value:.2f}", "-" if base is None else f"{value - base:+.2f}")
+        for label, value in values.items()
+        if value is not None
+    }
+    return (f"paper: {table.columns[column]}, {table.metric}", f"paper: above {reference}"), shown
 
 
 def _contrasts_block(results: StudyResults, setting: SettingResult, name: str) -> Block:
     metric, labels = results.metrics[name], {arm.name: arm.label for arm in results.study.arms}
-    head = ("", f"difference in {_title(metric)}", "95 % interval", "p", "p (Holm)", "p (TOST)", "verdict")
+    head = ("", f"difference in {_unit(metric)}", "95 % interval", "p", "p (Holm)", "p (TOST)", "verdict")
     rows = []
     for r in setting.contrasts[name]:
         interval = f"{_signed(metric, r.interval.low)} to {_signed(metric, r.interval.high)}"
@@ -182,6 +174,8 @@ def verdict(result: Result, metric: Metric) -> str:
     """The word for a result, with its margin in the unit in which the metric is shown."""
     word = result.word.replace(f"within {result.margin:g}", f"within {_plain(metric, result.margin)}")
     if result.is_control:
+        if not result.can_differ:
+            return f"no control: {result.seeds} seeds cannot show a difference"
         return f"control: {word}" if result.differs else "control holds"
     return word
 
@@ -189,17 +183,14 @@ def verdict(result: Result, metric: Metric) -> str:
 def _paper_blocks(table: str | None) -> list[Block]:
     if table is None:
         return []
-    given = paper_values()[table]
+    given = printed_table(table)
     rows = tuple(
-        (label, *("-" if value is None else f"{value:.2f}" for value in values))
-        for label, values in given["rows"].items()
+        (label, *("-" if value is None else f"{value:.2f}" for value in values)) for label, values in given.rows.items()
     )
-    return [
-        Block(f"{given['title']} of the paper, {given['metric']}", ("", *given["columns"]), rows, tuple(given["notes"]))
-    ]
+    return [Block(f"{given.title} of the paper, {given.metric}", ("", *given.columns), rows, given.notes)]
 
 
-def _title(metric: Metric) -> str:
+def _unit(metric: Metric) -> str:
     return f"{metric.title}, %" if metric.percent else metric.title
 
 
@@ -231,58 +222,6 @@ def _formula(result: Result, labels: dict[str, str]) -> str:
         label = f"({labels[arm]})" if any(c in labels[arm] for c in ",-+") else labels[arm]
         parts.append(f"{sign}{size}{label}")
     return "".join(parts).removeprefix(" + ")
-
-
-def to_markdown(title: str, top: Iterable[str], blocks: Sequence[Block]) -> str:
-    """The blocks as a Markdown page."""
-    lines = [f"# {title}", "", *(line for text in top for line in (text, ""))]
-    for block in blocks:
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in (block.head, *block.rows)]
-        lines += [f"## {block.title}", "", "| " + " | ".join(escaped[0]) + " |"]
-        lines += ["|" + "---|" + "---:|" * (len(block.head) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in escaped[1:]]
-        lines += ["", *(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def to_latex(block: Block) -> str:
-    """A block as a LaTeX table; it needs the package booktabs."""
-
-    def text(value: str) -> str:
-        return "".join(_LATEX.get(character, character) for character in value)
-
-    columns = "l" + "r" * (len(block.head) - 1)
-    rows = [" & ".join(map(text, row)) + r" \\" for row in block.rows]
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{text(block.title)}}}", rf"\begin{{tabular}}{{{columns}}}"]
-    lines += [r"\toprule", " & ".join(map(text, block.head)) + r" \\", r"\midrule", *rows, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", r"\end{table}", ""])
-
-
-def to_html(title: str, top: Iterable[str], blocks: Sequence[Block]) -> str:
-    """The blocks as a page that needs nothing else but bars.svg beside it."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in top)]
-    parts.append(
-        '<p><img src="bars.svg" alt="Every seed of every arm, with means and intervals; the numbers follow."></p>'
-    )
-    for block in blocks:
-        body = "".join(row(cells, "td") for cells in block.rows)
-        head = row(block.head, "th")
-        parts.append(
-            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(block.title)}"><table>'
-            f"<caption>{escape(block.title)}</caption><thead>{head}</thead><tbody>{body}</tbody></table></div>"
-        )
-        if block.notes:
-            parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in block.notes) + "</ul>")
-    content = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
-        f"<body><main>\n{content}\n</main></body></html>\n"
-    )
 
 
 def to_values(results: StudyResults) -> dict[str, Any]:
@@ -324,8 +263,10 @@ def to_values(results: StudyResults) -> dict[str, Any]:
                 )
     return {
         "study": results.study.name,
+        "question": results.study.question,
         "scale": results.scale,
         "made": results.made,
+        "remarks": {setting.name: setting.remarks for setting in results.settings},
         "rows": rows,
         "contrasts": contrasts,
     }
