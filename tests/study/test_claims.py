@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mpvg.study.claims import Evidence, claims_page, generated, paper_as_data, read_claims, read_results, verdict
 from mpvg.statistics import Interval
+from mpvg.study.claims import Evidence, claims_page, generated, paper_as_data, read_claims, read_results, verdict
 from mpvg.study.contrasts import Result
 from mpvg.study.plan import Contrast, read_study, ready_studies
 from mpvg.study.results import SettingResult
