@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from mpvg.files import atomic_text
-from mpvg.study.contrasts import Result
+from mpvg.study.contrasts import ALPHA, Result, seeds_needed
 from mpvg.study.folder import STUDY, open_folder
 from mpvg.study.paper import printed_tables
 from mpvg.study.results import SettingResult, StudyResults, collect
@@ -37,14 +37,38 @@ class Evidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What would decide a claim on the real data."""
+
+    where: str
+    spread: float
+    """Standard deviation over seeds, in points; an assumption."""
+    points: float
+    """The difference to decide."""
+    arms: int
+    contrasts: int
+
+    def __str__(self) -> str:
+        seeds = seeds_needed(self.spread, self.points, alpha=ALPHA / self.contrasts)
+        return (
+            f"{self.where}, if the spread over seeds is {self.spread:g} points: {seeds} seeds of each of {self.arms} "
+            f"arms, {self.arms * seeds} runs, decide {self.points:g} points with a power of 80 %."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """Something that the paper says, or that follows if it is right."""
 
     claim: str
     paper: str
     algebra: str
-    decide: str
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[Evidence, ...] = ()
+    seen: str = ""
+    """What was measured here outside a study, without a test."""
+    cost: Cost | None = None
+    decide: str = ""
+    """What would decide it, where that is no number of seeds."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +90,14 @@ def read_claims(content: bytes | None = None) -> list[Claim]:
     """
     values = parse_yaml(content or (resources.files("mpvg.study") / "claims.yaml").read_bytes())
     if not isinstance(values, list) or not all(isinstance(entry, dict) for entry in values):
-        raise ValueError("claims must be a list of entries with claim, paper, algebra, evidence and decide")
+        raise ValueError("claims must be a list of entries with claim, paper, algebra and evidence")
     claims = []
     for number, entry in enumerate(values, 1):
         given = entry.get("evidence", [])
         evidence = tuple(build(Evidence, e, f"claim {number}.evidence.") for e in given)
-        claim: Claim = build(Claim, {**entry, "evidence": []}, f"claim {number}.")
-        claims.append(replace(claim, evidence=evidence))
+        cost = build(Cost, entry["cost"], f"claim {number}.cost.") if "cost" in entry else None
+        claim: Claim = build(Claim, {**entry, "evidence": [], "cost": None}, f"claim {number}.")
+        claims.append(replace(claim, evidence=evidence, cost=cost))
     return claims
 
 
@@ -109,8 +134,10 @@ def verdict(evidence: Evidence, result: Result, setting: SettingResult) -> str:
         if result.is_equivalent:
             return "reproduced"
         return "refuted" if result.differs else result.word
+    if result.differs and direction == evidence.expects:
+        return "reproduced" + result.word.removeprefix(direction)
     if result.differs:
-        return "reproduced" if direction == evidence.expects else "refuted"
+        return "refuted"
     return "refuted: " + result.word if result.is_equivalent else result.word
 
 
@@ -129,12 +156,14 @@ def claims_page(studies: Sequence[StudyResults]) -> str:
     for claim in read_claims():
         lines += [f"## {claim.claim}", "", f"**The paper.** {claim.paper}", "", f"**Algebra.** {claim.algebra}", ""]
         pairs = find(claim, studies)
+        if claim.seen:
+            lines += [f"**Seen here, without a test.** {claim.seen}", ""]
         if not pairs:
             lines += ["**Evidence here.** Not tested by a study.", ""]
         else:
             lines += ["**Evidence here.**", "", "| study | question | NLL, difference (95 %) | seeds | verdict |"]
             lines += ["|---|---|---|---:|---|", *(row for pair in pairs for row in _rows(*pair)), ""]
-        lines += [f"**To decide it on the real data.** {claim.decide}", ""]
+        lines += [f"**To decide it on the real data.** {claim.cost or claim.decide}", ""]
     return "\n".join([*lines, *paper_as_data()]).rstrip() + "\n"
 
 
@@ -215,15 +244,22 @@ def publish(root: Path) -> list[Path]:
 
 
 def generated(root: Path, studies: Sequence[StudyResults]) -> dict[Path, str]:
-    """File -> its generated text, without the pictures."""
+    """File -> its generated text, without the pictures and the pages that hold them.
+
+    Raises:
+        ValueError: the README does not have the markers.
+    """
     texts: dict[Path, str] = {root / "docs" / "claims.md": claims_page(studies)}
     for results in studies:
         folder = root / "results" / f"{results.study.name}-{results.scale}"
         texts |= {folder / name: text for name, text in render(results).items()}
     readme = (root / "README.md").read_text("utf-8")
-    pattern = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
     section = f"{START}\n{results_section(studies)}\n{END}"
-    return texts | {root / "README.md": pattern.sub(lambda _: section, readme)}
+    pattern = f"{re.escape(START)}.*?{re.escape(END)}"
+    texts[root / "README.md"], count = re.subn(pattern, lambda _: section, readme, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md has {START} ... {END} {count} times; it must have them once, around the results")
+    return texts
 
 
 if __name__ == "__main__":
