@@ -141,9 +141,9 @@ def test_networks_with_stages_run_them(fields: dict[str, Any]) -> None:
 
 def part_by_hand(value: Tensor, part: str, class_rows: int, prefix_rows: int) -> Tensor:
     rows = [value[0, row] for row in range(value.shape[1])]
-    mean = sum(rows[class_rows:]) / (len(rows) - class_rows)
-    rows = {"all": rows, "mean": [mean] * len(rows), "rest": [row - mean for row in rows]}[part]
-    return torch.stack([torch.zeros(DIM, dtype=torch.float64)] * prefix_rows + rows)[None]
+    mean = sum(rows[class_rows:], torch.zeros(DIM, dtype=torch.float64)) / (len(rows) - class_rows)
+    parts: dict[str, list[Tensor]] = {"all": rows, "mean": [mean] * len(rows), "rest": [row - mean for row in rows]}
+    return torch.stack([torch.zeros(DIM, dtype=torch.float64)] * prefix_rows + parts[part])[None]
 
 
 @pytest.mark.parametrize(("class_rows", "prefix_rows"), [(0, 0), (1, 0), (2, 0), (0, 3)])
@@ -213,11 +213,12 @@ def test_a_detached_route_gives_the_same_and_teaches_its_own_norm_only(k: int) -
         (delivery(pos).last * weights).sum().backward()
     assert torch.equal(detached.last_norm.weight.grad, open_route.last_norm.weight.grad)
     assert pos.grad is not None
-    pos.grad = None
+    pos = pos.detach().requires_grad_()
     (detached(pos).last * weights).sum().backward()
     assert pos.grad is None
     assert all(parameter.grad is None for parameter in detached.layer_norms.parameters())
     (detached(pos).per_layer[-1] * weights).sum().backward()
+    assert pos.grad is not None
     assert pos.grad.abs().max() > 1e-3
 
 

@@ -351,7 +351,7 @@ class Recorder:
 @every_kind_and_arm
 def test_a_probe_sees_what_is_delivered(column: str, method: str) -> None:
     """Each layer's part and the Last LN's; CeiT pools the latter before its Last LN."""
-    model = build(column, method)
+    model: Any = build(column, method)
     model.probe = Recorder()
     model(images(column))
     delivered = model.deliver(model.raw_pos_embed())

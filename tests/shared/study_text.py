@@ -18,7 +18,7 @@ contrasts:
   again: {weights: {gap_again: 1, gap: -1}}
 scales:
   tiny:
-    digits: {label: digits, recipe: digits, set: {epochs: 1, batch_size: 700, imbalance: 1.0}, seeds: 2}
+    digits: {label: digits, recipe: digits, set: {epochs: 1, batch_size: 700}, seeds: 2}
 """
 
 
