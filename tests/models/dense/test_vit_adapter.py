@@ -108,13 +108,14 @@ def ref_windowed(weights: Weights, name: str, x: Tensor, heads: int, window: int
     qkv, found = ref_linear(x, weights, f"{name}.qkv"), torch.zeros_like(x)
     for top, left in itertools.product(range(0, rows, window), range(0, columns, window)):
         cells = [(top + i, left + j) for i, j in itertools.product(range(window), range(window))]
-        inside = [(k, r * columns + c) for k, (r, c) in enumerate(cells) if r < rows and c < columns]
+        inside = [(i, r * columns + c) for i, (r, c) in enumerate(cells) if r < rows and c < columns]
         filled = torch.zeros(window * window, 3 * dim, dtype=x.dtype)
-        for k, token in inside:
-            filled[k] = qkv[token]
-        attended = ref_attention(*filled.split(dim, dim=1), heads)
-        for k, token in inside:
-            found[token] = attended[k]
+        for i, token in inside:
+            filled[i] = qkv[token]
+        q, k, v = filled.split(dim, dim=1)
+        attended = ref_attention(q, k, v, heads)
+        for i, token in inside:
+            found[token] = attended[i]
     return ref_linear(found, weights, f"{name}.proj")
 
 
@@ -334,7 +335,7 @@ def test_every_parameter_gets_a_gradient_within_three_steps(method: str, forward
     BatchNorm evaluates, because in training a constant in front of it has no effect and so no gradient.
     """
     model = small(method, forward, name).eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     without: list[list[str]] = []
     for _ in range(3):
         optimizer.zero_grad()

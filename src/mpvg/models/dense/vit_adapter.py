@@ -69,7 +69,8 @@ class ViTAdapter(DenseBackbone):
         prior = torch.cat([one + level for one, level in zip(tokens, self.level_embed, strict=True)], dim=1)
         x, per_layer, grid = self.embed(image)
         features = []
-        for interaction, layers in zip(self.interactions, self.stages(), strict=True):
+        interactions: Any = self.interactions
+        for interaction, layers in zip(interactions, self.stages(), strict=True):
             x = interaction.injector(x, prior, grid)
             x = self.run(x, per_layer, layers, grid)
             prior = interaction.extract(prior, x, grid)
