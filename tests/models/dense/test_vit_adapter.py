@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from mpvg.delivery import METHODS, DeliverySpec, as_spec
 from mpvg.models import create_model
-from mpvg.models.dense import create_adapter
+from mpvg.models.dense import ADAPTERS, create_adapter
 from mpvg.models.dense.interaction import DeformableAttention, Extractor, Injector, prior_grids, reference_points
 from mpvg.models.dense.trunk import windowed_attention
 from reference import assert_close, ref_attention, ref_delivered, ref_gelu, ref_linear, ref_norm, ref_patches, scattered
 
 DIM, HEADS, POINTS, DEFORM_HEADS, EPS = 16, 2, 4, 4, 1e-6
 NARROW: dict[str, Any] = {"embed_dim": DIM, "num_heads": HEADS}
-SIZES = [(64, 64), (64, 96)]
-"""Of images; 64 x 96 is a grid of 4 x 6 patches, so windows of 4 are padded at the right."""
 KINDS = ["default", "lape", "mpvg", "mpvg_flat", "mpvg_no_input_pe"]
 
 Grid = tuple[int, int]
@@ -264,9 +262,15 @@ def test_a_window_as_large_as_the_grid_is_global_attention() -> None:
 # ---- the whole
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("forward", ["detection", "segmentation"])
-@pytest.mark.parametrize("method", ["lape", "mpvg"])
+@pytest.mark.parametrize(
+    ("method", "forward", "size"),
+    [
+        ("mpvg", "detection", (64, 96)),  # a grid of 4 x 6, so that windows of 4 are padded at the right
+        ("mpvg", "segmentation", (64, 96)),
+        ("lape", "detection", (64, 64)),
+        ("lape", "segmentation", (64, 64)),
+    ],
+)
 def test_the_maps_are_those_of_the_reference(method: str, forward: str, size: Grid) -> None:
     model, image = scattered(small(method, forward)), images(size)
     for norm in model.modules():
@@ -393,27 +397,29 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("forward", ["detection", "segmentation"])
-def test_parameters_at_paper_size(forward: Any) -> None:
+def test_parameters_at_paper_size() -> None:
     """The original's 7,966,640 but for the row of its PE that it does not use; each LN' is 2 x 192 more."""
     with torch.device("meta"):
-        model: Any = create_adapter("vit_adapter_tiny", "default", forward=forward)
-        more = {m: count(create_adapter("vit_adapter_tiny", m, forward=forward)) for m in ("lape", "pvg", "mpvg")}
+        model: Any = create_adapter("vit_adapter_tiny", "default", forward="detection")
+        other = create_adapter("vit_adapter_tiny", "default", forward="segmentation")
+        more = {m: count(create_adapter("vit_adapter_tiny", m, forward="detection")) for m in ("lape", "mpvg")}
+    assert count(other) == count(model)
     row, layer_scale = 192, 12 * 2 * 192
     assert count(model) == 7_961_840 + layer_scale == 7_966_640 - row
     assert [count(part) for part in (model.spm, model.interactions, model.up)] == [1_171_520, 1_116_912, 147_648]
     assert count(model.vit.blocks) == 5_342_976
     assert count(model.vit.patch_embed) == 147_648
-    assert {m: n - count(model) for m, n in more.items()} == {"lape": 12 * 384, "pvg": 11 * 384, "mpvg": 11 * 384}
+    assert {m: n - count(model) for m, n in more.items()} == {"lape": 12 * 384, "mpvg": 11 * 384}
 
 
-def test_windows_at_paper_size() -> None:
-    with torch.device("meta"):
-        detection, segmentation = (create_adapter("vit_adapter_tiny", forward=f) for f in ("detection", "segmentation"))
-    assert detection.windows == dict.fromkeys((0, 1, 3, 4, 6, 7, 9, 10), 14)
-    assert segmentation.windows == {}
-    assert [list(stage) for stage in detection.stages()] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+def test_windows_and_stages() -> None:
+    """At paper size the last layer of each stage is global; in segmentation all are."""
+    deep = small(depth=12, vit="vit_canvas_patch16_64")
+    assert deep.windows == dict.fromkeys((0, 1, 3, 4, 6, 7, 9, 10), 4)
+    assert [list(stage) for stage in deep.stages()] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert small().windows == dict.fromkeys((0, 1, 2), 4)
+    assert small(forward="segmentation").windows == {}
+    assert ADAPTERS["vit_adapter_tiny"].window == 14
 
 
 def test_the_pyramid_has_the_adapter_s_maps() -> None:
