@@ -128,7 +128,10 @@ class CheckpointAdapter:
     def _drop(self, key: str) -> None:
         """Reports a tensor of the file that the network does not have."""
         has_token = "cls_token" in self.wanted
-        if key == "cls_token":
+        without: dict[str, str] = getattr(self.model, "may_be_dropped", {})
+        if key in without:
+            self.report.dropped[key] = without[key]
+        elif key == "cls_token":
             self.report.dropped[key] = "the model reads out the mean over tokens and has no class token"
         elif key in _DISTILLED and not has_token:
             self.report.dropped[key] = "of the distillation token; the model reads out the mean over tokens"
@@ -179,7 +182,8 @@ class CheckpointAdapter:
         given = given[:, prefix - rows_kept :]
         if old != grid:
             self.report.resampled[key] = f"from a grid of {old[0]} x {old[1]} to {grid[0]} x {grid[1]}"
-            given = resample_abs_pos_embed(given, list(grid), list(old), num_prefix_tokens=rows_kept)
+            smooth = getattr(self.model, "pos_antialias", True)
+            given = resample_abs_pos_embed(given, list(grid), list(old), num_prefix_tokens=rows_kept, antialias=smooth)
         return given
 
     def _split_rows(self, key: str, rows: int, grid: Grid) -> tuple[int, Grid]:

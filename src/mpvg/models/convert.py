@@ -63,7 +63,7 @@ def convert(
         spec = _with_kept_readout(spec, converted)
     else:
         _change_readout(converted, spec.pool)
-    spec = resolve(spec, NetworkTraits(name=_name(model), depth=len(converted.blocks), readouts=(spec.pool,)))
+    spec = resolve(spec, NetworkTraits(name=network_name(model), depth=len(converted.blocks), readouts=(spec.pool,)))
     # The class swap keeps modules, weights and hooks as they are and adds the delivery through the subclasses, so that
     # there is one forward pass for built and converted networks. It is safe because _check_convertible accepts exactly
     # VisionTransformer and Block: a subclass may have a forward pass of its own, which the swap would bypass.
@@ -77,7 +77,7 @@ def convert(
         converted.delivery.reference_pos = converted.pos_embed.detach().clone()
     converted.remark = _remark(as_spec(method), spec, model)
     if converted.remark:
-        _log.warning("%s: %s", _name(model), converted.remark)
+        _log.warning("%s: %s", network_name(model), converted.remark)
     _describe_for_timm(converted, {"method": as_spec(method).to_dict(), "readout": readout, "start": start})
     return converted
 
@@ -171,7 +171,7 @@ def pretrained_mean_std(name: str, in_chans: int = 3) -> tuple[tuple[float, ...]
 
 def _check_convertible(model: Any) -> None:
     """Refuses a network that cannot be converted, with the reason."""
-    name = _name(model)
+    name = network_name(model)
     if hasattr(model, "delivery"):
         raise ValueError(f"{name} already receives a delivered PE; build a new one with create_model and the method")
     if getattr(model, "pos_embed", None) is None:
@@ -219,10 +219,10 @@ def _change_readout(model: Any, pool: Pool) -> None:
     """Changes the read-out to the method's: the Last LN on every token, then the class token or the mean."""
     if isinstance(model.norm, nn.Identity):
         if isinstance(model.fc_norm, nn.Identity):
-            raise ValueError(f"{_name(model)} has no Last LN, which the read-out needs; use readout='keep'")
+            raise ValueError(f"{network_name(model)} has no Last LN, which the read-out needs; use readout='keep'")
         model.norm, model.fc_norm = model.fc_norm, nn.Identity()
     if pool == "token" and model.cls_token is None:
-        raise ValueError(f"{_name(model)} has no class token to read out; use a method with pool='avg'")
+        raise ValueError(f"{network_name(model)} has no class token to read out; use a method with pool='avg'")
     if pool == "avg" and model.cls_token is not None:
         model.cls_token, model.has_class_token = None, False
         model.num_prefix_tokens -= 1
@@ -235,9 +235,11 @@ def _change_readout(model: Any, pool: Pool) -> None:
     model.global_pool = pool
 
 
-def _name(model: Any) -> str:
+def network_name(model: Any) -> str:
+    """The name by which a network was built, as far as it is known; otherwise its class."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    return getattr(model, "_model_args", {}).get("network") or config.get("architecture") or type(model).__name__
+    name = getattr(model, "_model_args", {}).get("network") or config.get("architecture") or type(model).__name__
+    return str(name).removeprefix("mpvg_")
 
 
 def _convertible_names() -> list[str]:

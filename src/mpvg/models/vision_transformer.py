@@ -1,8 +1,7 @@
 """timm's VisionTransformer with a delivered position embedding (PE); the base of ViT, CeiT, T2T-ViT and ViT-Lite."""
 
 import warnings
-from collections.abc import Container
-from itertools import islice
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from mpvg.models.layouts import Layout
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible
 
+AttentionLike = Callable[..., Tensor]
+"""What a layer may run in place of its attention, with the same arguments."""
 POS_STD = 0.02
 """Initial standard deviation of DeiT's PE and class token (facebookresearch/deit, timm 0.3.2)."""
 
@@ -27,18 +28,31 @@ class DeliveredBlock(Block):
     """timm's pre-norm block with an optional PE added to the attention input."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pe: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        pe: Tensor | None = None,
+        attention: AttentionLike | None = None,
     ) -> Tensor:
         """Runs attention and MLP on tokens `(B, N, D)`; `pe`, `(1, N, D)`, is added to the attention input only."""
-        x = self.attend(x, attn_mask, is_causal, pe)
+        x = self.attend(x, attn_mask, is_causal, pe, attention)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # Eq. (3)
 
-    def attend(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, pe: Tensor | None) -> Tensor:
-        """The attention half of the block, including the residual."""
+    def attend(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        pe: Tensor | None,
+        attention: AttentionLike | None = None,
+    ) -> Tensor:
+        """The attention half of the block, including the residual; `attention` runs in place of the block's own."""
         attended = self.norm1(x)
         if pe is not None:
             attended = attended + pe  # Eqs. (6), (9): MSA(LN_l(x_l) + LN'_l(pos))
-        return x + self.drop_path1(self.ls1(self.attn(attended, attn_mask=attn_mask, is_causal=is_causal)))  # Eq. (2)
+        attention = attention or self.attn
+        return x + self.drop_path1(self.ls1(attention(attended, attn_mask=attn_mask, is_causal=is_causal)))  # Eq. (2)
 
 
 class DeliveredVisionTransformer(VisionTransformer):
@@ -73,6 +87,8 @@ class DeliveredVisionTransformer(VisionTransformer):
     )
     """How checkpoints of the original repositories name their tensors, if not as here."""
 
+    pos_antialias = True
+    """Whether a PE is smoothed before it is resampled to a coarser grid, as timm does."""
     remark = ""
     """How the network differs from what the method's name promises; empty if it does not."""
     load_report: LoadReport | None = None
@@ -245,7 +261,7 @@ class DeliveredVisionTransformer(VisionTransformer):
             ],
         }
 
-    def _embed(self, image: Tensor) -> tuple[Tensor, DeliveredPE]:
+    def embed(self, image: Tensor) -> tuple[Tensor, DeliveredPE]:
         """Images to the tokens that enter layer 0, `(B, N, D)`, and what the layers receive."""
         x = self.patch_embed(image)
         grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else None
@@ -277,25 +293,35 @@ class DeliveredVisionTransformer(VisionTransformer):
             The tokens before the Last LN, `(B, N, D)`; what the Last LN receives; the tokens after the layers `take`.
         """
         is_causal = _as_bool(is_causal)
-        x, delivered = self._embed(image)
+        x, delivered = self.embed(image)
         kept = None
         if isinstance(self.patch_drop, PatchDropout):
             drop = self.patch_drop
             x, kept = patch_dropout_forward(x, drop.prob, drop.num_prefix_tokens, drop.ordered, self.training)
         x = self.norm_pre(x)
+        per_layer = [self._keep_rows(pe, kept) for pe in delivered.per_layer]
         taken = []
-        blocks: Any = self.blocks
-        for layer, (block, pe) in enumerate(islice(zip(blocks, delivered.per_layer, strict=True), stop)):
-            pe = self._keep_rows(pe, kept)
-            if self.probe is not None:
-                self.probe.layer(layer, x, block.norm1(x), pe)
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, attn_mask, is_causal, pe)
-            else:
-                x = block(x, attn_mask, is_causal, pe)
+        for layer in range(len(self.blocks))[:stop]:
+            x = self.run_layer(layer, x, per_layer[layer], attn_mask, is_causal)
             if layer in take:
                 taken.append(x)
         return x, self._keep_rows(delivered.last, kept), taken
+
+    def run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        pe: Tensor | None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        attention: AttentionLike | None = None,
+    ) -> Tensor:
+        """Runs one layer on tokens `(B, N, D)` and what is delivered to it; `attention` replaces the layer's own."""
+        block: Any = self.blocks[layer]
+        if self.probe is not None:
+            self.probe.layer(layer, x, block.norm1(x), pe)
+        arguments = (x, attn_mask, is_causal, pe) + (() if attention is None else (attention,))
+        return checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
 
     def _last_norm(self, x: Tensor, last: Tensor | None) -> Tensor:
         normed = self.norm(x)
@@ -305,7 +331,8 @@ class DeliveredVisionTransformer(VisionTransformer):
 
     def _resample(self, pos: Tensor, grid: tuple[int, int], old: tuple[int, int] | None = None) -> Tensor:
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return resample_abs_pos_embed(pos, grid, old or self.patch_embed.grid_size, num_prefix_tokens=prefix)
+        old = old or self.patch_embed.grid_size
+        return resample_abs_pos_embed(pos, grid, old, num_prefix_tokens=prefix, antialias=self.pos_antialias)
 
     def _keep_rows(self, pe: Tensor | None, kept: Tensor | None) -> Tensor | None:
         """Selects the rows of a PE whose tokens patch dropout kept, `(B, kept, D)`."""

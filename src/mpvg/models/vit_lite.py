@@ -8,17 +8,22 @@ from torch import Tensor, nn
 from mpvg.delivery import Method
 from mpvg.models.layouts import Layout
 from mpvg.models.registry import register
-from mpvg.models.vision_transformer import DeliveredBlock, DeliveredVisionTransformer
+from mpvg.models.vision_transformer import AttentionLike, DeliveredBlock, DeliveredVisionTransformer
 
 
 class ViTLiteBlock(DeliveredBlock):
     """A layer with an LN before the attention and one on the residual stream after it, and none before the MLP."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, pe: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        pe: Tensor | None = None,
+        attention: AttentionLike | None = None,
     ) -> Tensor:
         """Runs attention and MLP on tokens `(B, N, D)`; `pe`, `(1, N, D)`, is added to the attention input only."""
-        x = self.norm2(self.attend(x, attn_mask, is_causal, pe))
+        x = self.norm2(self.attend(x, attn_mask, is_causal, pe, attention))
         return x + self.drop_path2(self.ls2(self.mlp(x)))
 
 
