@@ -9,6 +9,8 @@ A folder of one's own with such a name is given as ./canvas.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mpvg.config import RunConfig
@@ -70,8 +72,8 @@ def draw_canvas(name: str, root: str | None) -> Path:
     objects, level = CANVASES[name]
     splits: tuple[Split, ...] = ("train", "val")
 
-    def fill(folder: Path) -> None:
+    def prepare() -> Callable[[Path], None]:
         class_names, sources = named_sets.canvas_sources(objects, root, splits)
-        write_scenes(folder, level, sources, class_names, SCENES)
+        return partial(write_scenes, level=level, sources=sources, class_names=class_names, counts=SCENES)
 
-    return made_once(named_sets.cache_folder(root), name, fill)
+    return made_once(named_sets.cache_folder(root), name, prepare)

@@ -1,5 +1,6 @@
 """Writes `canvas` scenes in the layouts of COCO and of ADE20K at once, and tiles as arrays; each once, in a cache."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,8 +26,13 @@ BACKGROUND = "background"
 _FOLDERS: dict[Split, str] = {"train": "training", "val": "validation"}
 
 
-def made_once(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
+def made_once(cache: Path, name: str, prepare: Callable[[], Callable[[Path], None]]) -> Path:
     """A folder of the cache, which is made where it is not there yet: completely, or not at all.
+
+    Args:
+        cache: in which it is.
+        name: of the folder.
+        prepare: reads what is needed, and returns what fills a new folder.
 
     Raises:
         OSError: it cannot be written.
@@ -34,6 +40,7 @@ def made_once(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
     folder = cache / "canvas" / f"{name}-v{VERSION}"
     if folder.is_dir():
         return folder
+    fill = prepare()
     say_once(f"{name} is drawn, once, into {folder}")
     temporary = temp_path(folder)
     try:
@@ -43,7 +50,8 @@ def made_once(cache: Path, name: str, fill: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        remove(temporary)
+        with contextlib.suppress(OSError):
+            remove(temporary)
     return folder
 
 

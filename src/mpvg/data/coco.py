@@ -56,10 +56,11 @@ def open_coco(config: RunConfig, splits: Sequence[Split], class_names: Classes |
     categories = {split: one.file.categories for split, one in found.items()}
     names = class_names or _class_names(next(iter(categories.values())))
     check_spelling(names)
+    category_ids = _category_ids(categories, names)
     sources = {split: one.source(names, split) for split, one in found.items()}
     return Listing(
         class_names=names,
-        category_ids=_category_ids(categories, names),
+        category_ids=category_ids,
         train=sources.get("train"),
         val=sources.get("val"),
         img_size=img_size,
@@ -127,7 +128,7 @@ class _Found:
     def _trainable(self) -> tuple[_Bools, _Bools]:
         """Images and annotations that MMDetection trains on, too."""
         file, drop = self.file, self.findings.leave_out
-        good = drop("crowd annotation", "is", self.good, file.crowd)
+        good = drop("crowd annotation", "is not trained on", self.good, file.crowd)
         small = (file.boxes[:, 2:] < 1).any(axis=1) | (file.areas <= 0)
         good = drop("annotation", "has a side below 1 pixel or an area of 0", good, small)
         images = drop("image", f"has a side below {_MIN_SIDE} pixels", self.good_images, file.sizes.min(1) < _MIN_SIDE)

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,10 +254,11 @@ class CanvasTiles:
     def __call__(self, root: str | None, splits: Sequence[Split]) -> Contents:
         """Reads some splits of the set, which is drawn at the first use; errors as those of the source images."""
 
-        def fill(folder: Path) -> None:
-            write_tiles(folder, canvas_sources(self.objects, root, ("train", "val"))[1], TILES)
+        def prepare() -> Callable[[Path], None]:
+            _, sources = canvas_sources(self.objects, root, ("train", "val"))
+            return partial(write_tiles, sources=sources, counts=TILES)
 
-        folder = made_once(cache_folder(root), f"canvas-tiles-{self.objects}".removesuffix("-"), fill)
+        folder = made_once(cache_folder(root), f"canvas-tiles-{self.objects}".removesuffix("-"), prepare)
         names = CANVAS_OBJECTS[self.objects][0](root, ("val",)).class_names
         parts = {}
         for split in splits:

@@ -103,12 +103,13 @@ class BatchOrder:
             yield from torch.arange(self.rank, self.size, self.world_size).split(self._local)[start : len(self)]
 
     def _grouped(self, drawn: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
-        """Sorts what is drawn into batches, each of one group, in random order; the rest is at the end."""
+        """Sorts what an epoch uses into batches, each of one group but for one, in random order."""
+        drawn = drawn[: len(self) * self.batch_size]  # what is left out is of any group
         parts = [drawn[groups[drawn]], drawn[~groups[drawn]]]
-        whole = [part[: len(part) // self.batch_size * self.batch_size] for part in parts]
-        rest = torch.cat([part[len(full) :] for part, full in zip(parts, whole, strict=True)])
-        whole.append(rest[: len(rest) // self.batch_size * self.batch_size])
-        batches = torch.cat(whole).view(-1, self.batch_size)
+        ends = [len(part) // self.batch_size * self.batch_size for part in parts]
+        rest = [part[end:] for part, end in zip(parts, ends, strict=True)]  # a batch together, or none
+        whole = [part[:end] for part, end in zip(parts, ends, strict=True)]
+        batches = torch.cat([*whole, *rest]).view(-1, self.batch_size)
         return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     @property

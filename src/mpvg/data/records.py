@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-CHUNK = 2**22
-"""Bytes that are read at a time."""
-MAX_RECORD = 2**24
-"""Characters of a record; a longer one is refused."""
+CHUNK = 2**20
+"""Bytes that are read at a time; of a record that goes on, as many as there are already."""
+MAX_RECORD = 2**22
+"""Characters of a record; a longer one is refused. COCO's have up to some ten thousand."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -114,7 +114,8 @@ class _Text:
             self._more()
 
     def _more(self) -> None:
-        piece = self._file.read(CHUNK)
+        pending = len(self._text) - self._position
+        piece = self._file.read(max(CHUNK, pending))
         self._ended = not piece
         try:
             self._text = self._text[self._position :] + self._decode(piece, self._ended)
