@@ -1,5 +1,6 @@
 """COCO's layout: what is read, what is left out, what is refused."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -24,6 +25,7 @@ from mpvg.data.rle import encode_mask
 from mpvg.data.rules import say_once
 from mpvg.data.scenes import DetectionSizes, SceneBatch, detection_pipeline
 from mpvg.data.types import DataInfo, Pipeline, Split
+from mpvg.runs.reading import read_info
 from odd_images import ODD
 from scene_files import HEIGHT, WIDTH, Json, annotation, changed, content, polygon, write_coco, write_image
 
@@ -472,3 +474,25 @@ def test_polygons_without_the_package_are_refused_at_the_start(
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     with pytest.raises(ModuleNotFoundError, match=r"polygons need faster-coco-eval .*pip install 'mpvg\[det\]'"):
         listed(make_config(f"coco/{write_coco(tmp_path / 'data')}"))
+
+
+def test_the_description_of_the_data_is_read_again(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(f"coco/{write_coco(tmp_path / 'data')}", batch_size=2)
+    info = open_data(config, Shard(torch.device("cpu")), small_pipeline).info
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(dataclasses.asdict(info)))
+    assert read_info(file) == info
+    file.write_text(json.dumps(dataclasses.asdict(info) | {"category_ids": [1]}))
+    with pytest.raises(ValueError, match="category_ids are 1; allowed: one for each class, or none"):
+        read_info(file)
+
+
+def test_the_docs_report_the_record() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "scenes.md").read_text()
+    record = json.loads((root / "benchmarks" / "records" / "coco_annotations.json").read_text())
+    ours, theirs = record["results"]
+    megabytes = re.findall(r"([\d,]+) MB\b", text)
+    values = (record["json_megabytes"], ours["peak"], ours["worker"], theirs["peak"], theirs["worker"])
+    assert megabytes == [f"{value:.0f}" for value in values]
+    assert f"{record['images']:,} images, {record['annotations']:,} annotations" in text

@@ -160,8 +160,7 @@ class Annotations(Sequence[ImageAnnotations]):
             for part in (one.boxes, one.labels, one.areas, one.crowd):
                 hash.update(part.tobytes())
             for outline in one.outlines:
-                for piece in [outline] if isinstance(outline, bytes) else outline:
-                    hash.update(b"|")
-                    hash.update(piece)
+                for piece in [outline] if isinstance(outline, bytes) else map(np.ndarray.tobytes, outline):
+                    hash.update(b"|" + piece)
             found.append(hash.hexdigest())
         return found

@@ -125,7 +125,7 @@ class _Canvas:
             else:
                 x, y = (int(value) for value in rng.integers(size // 2, size, 2))
                 draw.ellipse((0, 0, x, y), outline=255, width=width)
-            shape = np.asarray(picture, np.float32) / 255
+            shape = np.asarray(picture, np.float32) / np.float32(255)
         self._paint(shape, left, top, rng.uniform(*self._level.clutter) * np.ones_like(shape))
 
     def add_object(self, sources: Sources) -> bool:

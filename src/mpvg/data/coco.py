@@ -15,7 +15,6 @@ it out instead.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +128,7 @@ class _Found:
         """Images and annotations that MMDetection trains on, too."""
         file, drop = self.file, self.findings.leave_out
         good = drop("crowd annotation", "is not trained on", self.good, file.crowd)
-        small = (file.boxes[:, 2:] < 1).any(axis=1) | (file.areas <= 0)
+        small = np.minimum(file.boxes[:, 2:].min(axis=1), np.where(file.areas > 0, 1, 0)) < 1
         good = drop("annotation", "has a side below 1 pixel or an area of 0", good, small)
         images = drop("image", f"has a side below {_MIN_SIDE} pixels", self.good_images, file.sizes.min(1) < _MIN_SIDE)
         objects = np.bincount(self.image[good], minlength=len(images))
@@ -249,7 +248,9 @@ def _find(root: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _inventory(source: AnnotatedFiles, found: _Found) -> Inventory:
-    targets: Any = source.targets
-    names = [source.files.names[index] for index in range(len(source))]
+    targets, files = source.targets, source.files
+    assert isinstance(targets, Annotations)
+    assert isinstance(files, Paths)
+    names = [files.names[index] for index in range(len(source))]
     by_name = dict(zip(found.file.file_names, found.bytes.tolist(), strict=True))
     return Inventory.of((CONTENT + hash for hash in targets.hashes()), (by_name[name] for name in names), names)

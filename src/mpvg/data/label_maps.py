@@ -41,7 +41,8 @@ class LabelBatch(NamedTuple):
     def split(self, size: int) -> Sequence["LabelBatch"]:
         """Consecutive parts of at most `size` images, padded as the whole batch is."""
         starts = range(0, self.size, size)
-        return [LabelBatch(*(part[start : start + size] for part in self)) for start in starts]
+        parts = (slice(start, start + size) for start in starts)
+        return [LabelBatch(self.images[part], self.labels[part], self.sizes[part]) for part in parts]
 
     def one_by_one(self) -> Sequence["LabelBatch"]:
         """Batches of one image each without padding: results then do not depend on the others."""
