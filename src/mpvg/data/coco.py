@@ -128,9 +128,10 @@ class _Found:
         """Images and annotations that MMDetection trains on, too."""
         file, drop = self.file, self.findings.leave_out
         good = drop("crowd annotation", "is not trained on", self.good, file.crowd)
-        small = np.minimum(file.boxes[:, 2:].min(axis=1), np.where(file.areas > 0, 1, 0)) < 1
+        small = (file.boxes[:, 2:] < 1).any(axis=1) | (file.areas <= 0)
         good = drop("annotation", "has a side below 1 pixel or an area of 0", good, small)
-        images = drop("image", f"has a side below {_MIN_SIDE} pixels", self.good_images, file.sizes.min(1) < _MIN_SIDE)
+        flat: _Bools = file.sizes.min(axis=1) < _MIN_SIDE
+        images = drop("image", f"has a side below {_MIN_SIDE} pixels", self.good_images, flat)
         objects = np.bincount(self.image[good], minlength=len(images))
         return drop("image", "has no objects to train on", images, objects == 0), good
 
@@ -178,7 +179,7 @@ def _read(root: Path, split: Split, *, strict: bool) -> _Found:
     left, top, right, bottom = *file.boxes[:, :2].T, *(file.boxes[:, :2] + file.boxes[:, 2:]).T
     empty = (file.boxes[:, 2:] <= 0).any(axis=1)
     good = findings.leave_out("annotation", "has an empty box", good, empty)
-    outside = (left >= width) | (top >= height) | (right <= 0) | (bottom <= 0)
+    outside = np.asarray((left >= width) | (top >= height) | (right <= 0) | (bottom <= 0))
     good = findings.leave_out("annotation", "has a box outside its image", good, outside)
     if len(file.coordinates):
         drawing()  # said now, not by a worker
