@@ -10,6 +10,7 @@ So a field that is added with a default changes no digest, provided that `ADDED_
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -178,6 +179,7 @@ def digest_defaults() -> dict[str, Any]:
     return defaults | ADDED_FIELDS
 
 
+@functools.cache
 def _parts() -> dict[str, Any]:
     """Name -> class of the fields that are dataclasses themselves."""
     kinds = get_type_hints(RunConfig)

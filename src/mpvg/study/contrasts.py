@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower
 
 from mpvg.statistics import CONFIDENCE_LEVEL, Interval
 from mpvg.study.plan import Contrast, Study
 
-ALPHA = 1 - CONFIDENCE_LEVEL
+ALPHA = 0.05
+"""Level of the tests."""
+CONTROL_ALPHA = 0.01
+"""Level at which a control fails: many controls are looked at, and one in twenty would fail at 5 % by chance."""
 POWER = 0.8
 RESAMPLES = 20_000
 """Permutations that are drawn where there are more; 8 against 8 seeds have 12,870, which are all done."""
@@ -46,15 +46,26 @@ class Result:
     p_equivalent: float
     """Of a difference of the margin or more."""
     needed: int
-    """Seeds of each arm for a power of 80 % to find a difference of the margin, and to exclude it."""
+    """Seeds of each arm for a power of 80 % to find a difference of the margin, and to exclude it; at least so many
+    that the permutation test can pass Holm's correction."""
     smallest_p: float
     """The smallest `p_holm` that so many seeds can have."""
     is_control: bool
 
     @property
+    def level(self) -> float:
+        """Below which `p_holm` shows a difference."""
+        return CONTROL_ALPHA if self.is_control else ALPHA
+
+    @property
     def differs(self) -> bool:
         """Whether there is a difference."""
-        return self.p_holm < ALPHA
+        return self.p_holm < self.level
+
+    @property
+    def can_differ(self) -> bool:
+        """Whether so many seeds can show a difference, however large it is."""
+        return self.smallest_p < self.level
 
     @property
     def is_equivalent(self) -> bool:
@@ -70,8 +81,8 @@ class Result:
             return f"{direction}, but {equivalent}" if self.is_equivalent else direction
         if self.is_equivalent:
             return equivalent
-        if self.smallest_p >= ALPHA and self.seeds:
-            return f"undecided: needs {max(self.needed, self.seeds + 1)} seeds ({self.seeds} cannot show a difference)"
+        if not self.can_differ:
+            return f"undecided: needs {self.needed} seeds ({self.seeds} cannot show a difference)"
         if self.needed <= self.seeds:
             return f"undecided with {self.seeds} seeds"
         return f"undecided: needs {self.needed} seeds"
@@ -86,32 +97,41 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
         metric: its name, one of the study's margins.
 
     Raises:
-        ValueError: an arm has fewer than two values, or the values are all equal.
+        ValueError: an arm has fewer than two values.
     """
+    from statsmodels.stats.multitest import multipletests
+
     chosen = [contrast for contrast in study.contrasts if contrast.weights.keys() <= samples.keys()]
     tested = [(contrast, _two_sided(contrast.weights, samples)) for contrast in chosen]
     controls = {contrast.name for contrast in chosen if is_control(study, contrast)}
     family = [p for contrast, p in tested if contrast.name not in controls]
-    corrected = iter(multipletests(family, method="holm")[1] if family else ())
-    sd, margin = pooled_sd(samples), study.margins[metric]
+    corrected = iter(multipletests(family, method="holm")[1] if len(family) > 1 else family)
+    pairs = sum(_is_pair(contrast.weights) for contrast in chosen if contrast.name not in controls)
+    margin = study.margins[metric]
     results = []
     for contrast, p in tested:
-        control = contrast.name in controls
-        seeds = min(len(samples[arm]) for arm in contrast.weights)
-        count = 1 if control else max(1, len(family))
+        control, weights = contrast.name in controls, contrast.weights
+        level = CONTROL_ALPHA if control else ALPHA / len(family)
+        needed = seeds_needed(_sd(weights, samples), margin, weights, alpha=level)
+        fewest_p = 0.0  # a t test has no smallest p
+        if _is_pair(weights):
+            # Contrasts that are tested by t may come first in Holm's order, so that those by permutation remain.
+            tests = 1 if control else pairs
+            needed = max(needed, least_seeds(CONTROL_ALPHA if control else ALPHA, tests))
+            fewest_p = min(1.0, tests * smallest_p(*(len(samples[arm]) for arm in weights)))
         results.append(
             Result(
                 contrast=contrast,
                 metric=metric,
-                seeds=seeds,
-                difference=_difference(contrast.weights, samples),
-                interval=_interval(contrast.weights, samples),
+                seeds=min(len(samples[arm]) for arm in weights),
+                difference=_difference(weights, samples),
+                interval=_interval(weights, samples),
                 p=p,
                 p_holm=p if control else float(next(corrected)),
                 margin=margin,
-                p_equivalent=_equivalence_p(contrast.weights, samples, margin),
-                needed=seeds_needed(sd, margin, contrast.weights, alpha=ALPHA / count),
-                smallest_p=min(1.0, count * smallest_p(seeds)) if _is_pair(contrast.weights) else 0.0,
+                p_equivalent=_equivalence_p(weights, samples, margin),
+                needed=needed,
+                smallest_p=fewest_p,
                 is_control=control,
             )
         )
@@ -152,12 +172,15 @@ def seeds_to_differ(
     sd: float, margin: float, weights: Mapping[str, float] | None = None, *, alpha: float = ALPHA
 ) -> int:
     """Seeds of each arm for a power of 80 % to find a difference of the margin; arguments as `seeds_needed`."""
+    from statsmodels.stats.power import TTestIndPower
+
     effect = margin / max(sd * _spread(weights) / math.sqrt(2), 1e-300)
     return _fewest(lambda seeds: float(TTestIndPower().power(min(effect, 100.0), seeds, alpha)))
 
 
 def seeds_to_exclude(sd: float, margin: float, weights: Mapping[str, float] | None = None) -> int:
     """Seeds of each arm for a power of 80 % to show that there is no difference of the margin, where there is none."""
+    from scipy import stats
 
     def power(seeds: int) -> float:
         degrees, error = 2 * (seeds - 1), max(sd * _spread(weights) / math.sqrt(seeds), 1e-300)
@@ -178,9 +201,19 @@ def _fewest(power: Callable[[int], float]) -> int:
     return min(low, _MOST_SEEDS)
 
 
-def smallest_p(seeds: int) -> float:
-    """The smallest two-sided p that a permutation test of two arms with so many seeds can have."""
-    return 2 / math.comb(2 * seeds, seeds) if seeds else 1.0
+def smallest_p(seeds: int, others: int | None = None) -> float:
+    """The smallest two-sided p that a permutation test can have.
+
+    Args:
+        seeds: of one arm.
+        others: of the other arm; None: as many.
+    """
+    return min(1.0, 2 / math.comb(seeds + (seeds if others is None else others), seeds))
+
+
+def least_seeds(alpha: float, tests: int) -> int:
+    """Seeds of each arm with which permutation tests can pass Holm's correction for so many of them."""
+    return next(seeds for seeds in range(2, 100) if tests * smallest_p(seeds) < alpha)
 
 
 def decidable(study: Study, sd: float, seeds: int, metric: str) -> str:
@@ -192,14 +225,24 @@ def decidable(study: Study, sd: float, seeds: int, metric: str) -> str:
         seeds: of each arm.
         metric: one of the study's margins.
     """
-    count = max(1, sum(not is_control(study, contrast) for contrast in study.contrasts))
-    margin = study.margins[metric]
-    needed = seeds_to_differ(sd, margin, alpha=ALPHA / count), seeds_to_exclude(sd, margin)
-    enough = "enough" if seeds >= max(needed) else "too few"
+    tested = [contrast for contrast in study.contrasts if not is_control(study, contrast)]
+    margin, level = study.margins[metric], ALPHA / max(1, len(tested))
+    least = least_seeds(ALPHA, max(1, sum(_is_pair(contrast.weights) for contrast in tested)))
+    questions: list[dict[str, float] | None] = [contrast.weights for contrast in tested] or [None]
+    found_by = max(least, *(seeds_to_differ(sd, margin, weights, alpha=level) for weights in questions))
+    excluded_by = max(seeds_to_exclude(sd, margin, weights) for weights in questions)
+    enough = "enough" if seeds >= max(found_by, excluded_by) else "too few"
     return (
-        f"{metric}: the standard deviation over seeds is {sd:.3g}; a difference of {margin:g} is found with a power of "
-        f"80 % by {needed[0]} seeds of each arm, and excluded by {needed[1]}: {seeds} are {enough}"
+        f"{metric}: the standard deviation over seeds is {sd:.3g}; a difference of {margin:g} in any contrast is found "
+        f"with a power of 80 % by {found_by} seeds of each arm, and excluded by {excluded_by}: {seeds} are {enough}"
     )
+
+
+def _sd(weights: Mapping[str, float], samples: Samples) -> float:
+    """Standard deviation over seeds of a contrast's arms, weighted as they enter it: arms may spread differently."""
+    squares = {arm: weight**2 for arm, weight in weights.items()}
+    total = sum(square * float(np.var(samples[arm], ddof=1)) for arm, square in squares.items())
+    return math.sqrt(total / sum(squares.values()))
 
 
 def _is_pair(weights: Mapping[str, float]) -> bool:
@@ -213,6 +256,8 @@ def _spread(weights: Mapping[str, float] | None) -> float:
 
 def _two_sided(weights: Mapping[str, float], samples: Samples) -> float:
     """p of no difference: by permutation for one arm against another, else by Welch's t."""
+    from scipy import stats
+
     short = [arm for arm in weights if len(samples[arm]) < 2]
     if short:
         raise ValueError(f"arm {short[0]} has {len(samples[short[0]])} seeds; a test needs at least 2 of each arm")
@@ -255,6 +300,8 @@ def _t(weights: Mapping[str, float], samples: Samples) -> tuple[float, float]:
 
 
 def _interval(weights: Mapping[str, float], samples: Samples) -> Interval:
+    from scipy import stats
+
     difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
     half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
     return Interval(difference - half, difference + half)
@@ -262,6 +309,8 @@ def _interval(weights: Mapping[str, float], samples: Samples) -> Interval:
 
 def _equivalence_p(weights: Mapping[str, float], samples: Samples, margin: float) -> float:
     """p of a difference of at least the margin: the larger of two one-sided Welch tests (TOST)."""
+    from scipy import stats
+
     difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
     room = margin - abs(difference)
     if error == 0:
