@@ -225,7 +225,7 @@ def test_extras_install_only_what_some_module_imports() -> None:
     code = "\n".join(path.read_text() for path in SOURCES)
     for name in extras.keys() - {"all", "dev"}:
         for requirement in map(Requirement, extras[name]):
-            module = {"scikit-learn": "sklearn"}.get(requirement.name, requirement.name)
+            module = {"scikit-learn": "sklearn"}.get(requirement.name, requirement.name.replace("-", "_"))
             assert re.search(rf"^\s*(?:import|from) {module}\b", code, flags=re.MULTILINE), f"{name}: {module}"
 
 

@@ -102,7 +102,7 @@ def test_a_format_is_found_by_its_name_and_by_what_begins_with_it(points: Any, m
         listing = open_listing(make_config(data), ("val",))
         assert (listing.train, len(listing.source("val"))) == (None, 13)
     for data in ("pointsx", "point"):
-        with pytest.raises(ValueError, match=r"did you mean points\? .*allowed: digits, .*, points, hfds/"):
+        with pytest.raises(ValueError, match=r"did you mean points\? .*allowed: digits, .*, points, coco/"):
             open_listing(make_config(data))
     with pytest.raises(FileNotFoundError, match="data folder 'digits/more' does not exist"):
         open_listing(make_config("digits/more"))

@@ -5,11 +5,12 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mpvg.config import RunConfig
-from mpvg.data import hub, tensors
+from mpvg.data import ade20k, coco, hub, tensors
 from mpvg.data.images import ImageFiles
 from mpvg.data.layout import open_files
 from mpvg.data.listing import NO_SHARE, Classes, Format, Listing
@@ -20,7 +21,7 @@ from mpvg.data.transforms import image_pipeline
 from mpvg.data.types import Batches, Data, DataInfo, DevicePipeline, MakePipeline, Pipeline, Shard, Source, Split
 
 SPLITS: tuple[Split, ...] = ("train", "val")
-_FORMATS: dict[str, Format] = {hub.NAME: hub.open_hub}
+_FORMATS: dict[str, Format] = {hub.NAME: hub.open_hub, coco.NAME: coco.open_coco, ade20k.NAME: ade20k.open_ade20k}
 _SPLITTABLE: tuple[Format, ...] = (open_files, hub.open_hub)
 _FORMATS.update(dict.fromkeys(DATASETS, tensors.open_named))
 
@@ -81,9 +82,11 @@ def _format(data: str) -> Format:
         return open_files
     near = difflib.get_close_matches(data, _FORMATS, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    names = ", ".join(name for name in _FORMATS if name != hub.NAME)
+    layouts = (hub.NAME, coco.NAME, ade20k.NAME)
+    names = ", ".join(name for name in _FORMATS if name not in layouts)
     raise ValueError(
         f"data {data!r} is neither a data set nor a folder; {hint}allowed: {names}, "
+        f"{coco.NAME}/<folder or canvas>, {ade20k.NAME}/<folder or canvas>, "
         f"{hub.NAME}/<Hugging Face data set>, or the path of a folder with train/ and val/"
     )
 
@@ -94,6 +97,7 @@ def describe(config: RunConfig, listing: Listing) -> DataInfo:
     return DataInfo(
         name=config.data,
         class_names=listing.class_names,
+        category_ids=listing.category_ids,
         in_chans=listing.in_chans,
         img_size=network.img_size or listing.img_size,
         mean=network.mean or listing.mean,
@@ -135,9 +139,10 @@ def open_split(
     source = listing.source(split)
     if isinstance(pipeline, Pipeline) and pipeline.decode is not None:
         if isinstance(source, ImageFiles):
-            source = ImageFiles(source.files, source.targets, pipeline.decode)
+            source = replace(source, decode=pipeline.decode)
         elif config.augment.pipeline == "fast":
             raise ValueError(f"augment.pipeline is 'fast', which reads image files, and {info.name} has none")
+    groups = pipeline.group(source) if isinstance(pipeline, Pipeline) and pipeline.group is not None else None
     if images is not None:
         source = _spread(source, images)
     order = BatchOrder(
@@ -148,6 +153,7 @@ def open_split(
         rank=shard.rank,
         world_size=shard.world_size,
         repeats=config.augment.repeats if split == "train" else 1,
+        groups=groups if split == "train" and images is None else None,
     )
     if isinstance(pipeline, DevicePipeline):
         assert isinstance(source, tensors.TensorSource), "a DevicePipeline is for sets that are tensors"

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -28,7 +29,8 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_ASPECT = 1000
 _WEBP_SHARE = 0.75  # of PIL's limit of pixels: its decoder of WebP holds four copies of the picture
 _ROWS = 1024  # of a picture, copied at a time
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH, _PNG_GRAY, _PNG_PALETTE = 24, 0, 3  # the place of the bit depth in a file, and color types
 _COLORS = ("YCbCr", "Gray", "RGB")
 _BITS, _COMPRESSION, _PHOTOMETRIC = 258, 259, 262  # TIFF tags
 _RAW, _WHITE_IS_ZERO, _YCBCR = 1, 0, 6  # and their values
@@ -79,6 +81,27 @@ def read_image(file: File, orientation: Orientation = "exif") -> Image.Image:
     """
     data, exif = _read(file)
     return _decode(data, exif, orientation)
+
+
+def read_label_map(file: File) -> "npt.NDArray[np.uint8]":
+    """Reads a PNG whose gray levels or palette numbers are labels, (H, W).
+
+    Raises:
+        OSError: it is missing, truncated or not a PNG.
+        ValueError: it is not a regular file, too large or made to exhaust its reader, or is not of 8 bits a pixel.
+        Image.DecompressionBombWarning: it has too many pixels.
+    """
+    data, _ = _read(file)
+    if not data.startswith(_PNG):
+        raise UnidentifiedImageError("a label map must be a PNG")
+    bits, color = data[_PNG_DEPTH : _PNG_DEPTH + 2].ljust(2, b"\0")
+    if color not in (_PNG_GRAY, _PNG_PALETTE) or (color == _PNG_GRAY and bits != 8):  # PIL stretches fewer bits
+        raise ValueError(f"it has {bits} bits of PNG color type {color}; a label map has 8 bits of gray, or a palette")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _open(data) as image:
+            _check_shape(image)
+            return np.array(image)
 
 
 def read_pixels(file: File, orientation: Orientation = "exif") -> Tensor:
@@ -216,3 +239,24 @@ class ImageFiles:
 
     def read(self, index: int) -> Sample:
         return Sample(self.decode(self.files.open(index)), self.targets[index])
+
+
+class Sized(Protocol):
+    """A target that is of places in an image."""
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises ValueError unless the image has the size that the target is for."""
+
+
+@dataclass(frozen=True)
+class AnnotatedFiles(ImageFiles):
+    """Image files and targets that are of places in them: boxes, label maps."""
+
+    targets: Sequence[Sized]
+
+    def read(self, index: int) -> Sample:
+        sample = super().read(index)
+        image = sample.image
+        width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+        sample.target.check_size(width, height)
+        return sample

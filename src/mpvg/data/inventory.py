@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+CONTENT = "content:"
+"""What precedes a target that is a hash: of boxes, of a label map, ..."""
 _MAX_LINE = 2**16
 
 
@@ -58,6 +60,8 @@ def _lines(packed: bytes) -> Iterator[str]:
 def _difference(number: int, old: Sequence[str], new: Sequence[str], names: set[str]) -> str:
     (target, size, name), (new_target, new_size, new_name) = old, new
     if name == new_name:
+        if target != new_target and target.startswith(CONTENT):
+            return f"{name} has other annotations"
         if target != new_target:
             return f"{name} is of class {new_target} and was of class {target}"
         if size.lstrip("-").isdecimal() and len(size) < 16:

@@ -30,6 +30,8 @@ class Listing:
     """None: it was not asked for."""
     val: Source | None = None
     """None: it was not asked for."""
+    category_ids: tuple[int, ...] = ()
+    """Ids of the classes in the data set's own files, in the order of the targets; empty: they have none."""
     in_chans: int = 3
     """Channels of the images: 1 or 3."""
     img_size: int = 224

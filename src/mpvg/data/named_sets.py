@@ -7,14 +7,18 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from mpvg.data.canvas_files import TILES, made_once, read_tiles, write_tiles
+from mpvg.data.canvas_scenes import Sources
 from mpvg.data.inert_pickle import InertArray, load_inert
 from mpvg.data.rules import open_bounded, read_bounded
 from mpvg.data.types import Split
@@ -213,11 +217,65 @@ _CIFAR100 = Cifar(
     num_classes=100,
 )
 
+# Empty: of the names without a word for them.
+CANVAS_OBJECTS: dict[str, tuple[Callable[[str | None, Sequence[Split]], Contents], bool]] = {
+    "": (read_digits, False),
+    "garments": (read_fashion_mnist, True),
+}
+"""What objects of `canvas` are -> the reader of their images, and whether all that is not 0 is inside an object."""
+
+
+def cache_folder(root: str | None) -> Path:
+    """Where files are kept that are made once."""
+    return Path(os.path.expanduser(CACHE if root is None else root))
+
+
+def canvas_sources(
+    objects: str, root: str | None, splits: Sequence[Split]
+) -> tuple[tuple[str, ...], dict[Split, Sources]]:
+    """Class names, and the images that objects of `canvas` are made from: those of each split are its own."""
+    read, solid = CANVAS_OBJECTS[objects]
+    contents = read(root, splits)
+    parts = {split: getattr(contents, split) for split in splits}
+    found = {s: Sources(part.images[:, 0].numpy(), part.targets.numpy(), solid) for s, part in parts.items()}
+    return contents.class_names, found
+
+
+@dataclass(frozen=True)
+class CanvasTiles:
+    """Single objects of `canvas`, 64x64 in three equal colors, for the pre-training of classifiers.
+
+    Those for training are made from the source images of the training scenes only.
+    """
+
+    objects: str
+    """See `CANVAS_OBJECTS`."""
+
+    def __call__(self, root: str | None, splits: Sequence[Split]) -> Contents:
+        """Reads some splits of the set, which is drawn at the first use; errors as those of the source images."""
+
+        def prepare() -> Callable[[Path], None]:
+            _, sources = canvas_sources(self.objects, root, ("train", "val"))
+            return partial(write_tiles, sources=sources, counts=TILES)
+
+        folder = made_once(cache_folder(root), f"canvas-tiles-{self.objects}".removesuffix("-"), prepare)
+        names = CANVAS_OBJECTS[self.objects][0](root, ("val",)).class_names
+        parts = {}
+        for split in splits:
+            images, labels = read_tiles(folder, split)
+            gray = _split(images[:, None], labels, len(names), folder)
+            parts[split] = gray._replace(images=gray.images.expand(-1, 3, -1, -1))
+        return Contents(names, **parts)
+
+
 NAMED_SETS = {
     "digits": NamedSet(read_digits, (0.3054,), (0.3760,)),
     "fashion-mnist": NamedSet(read_fashion_mnist, (0.2860,), (0.3530,)),
     "cifar10": NamedSet(_CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": NamedSet(_CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    # Normalized as the scenes are, for which these networks are trained.
+    "canvas-tiles": NamedSet(CanvasTiles(""), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "canvas-tiles-garments": NamedSet(CanvasTiles("garments"), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
 DATASETS = tuple(NAMED_SETS)
 
@@ -239,7 +297,7 @@ def _find(name: str, candidates: Sequence[tuple[Path, FileNames]], how: str) -> 
     raise FileNotFoundError(f"data {name!r} ({needed}) was not found in any of {places}; to get it: {how}")
 
 
-def _split(images: Bytes, targets: Bytes | list[int], classes: int, where: object) -> Tensors:
+def _split(images: Bytes, targets: "npt.NDArray[Any] | list[int]", classes: int, where: object) -> Tensors:
     labels = torch.tensor(targets, dtype=torch.int64)
     if len(labels) != len(images):
         raise ValueError(f"{where}: {len(images)} images but {len(labels)} labels; get it again")

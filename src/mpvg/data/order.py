@@ -55,6 +55,9 @@ class BatchOrder:
     seed: int
     rank: int
     world_size: int
+    groups: Tensor | None = None
+    """Training: which of two groups, True and False, each sample is of, (size,); a batch is of one group, but for at
+    most one batch of an epoch, which what is left of both makes up. None: batches are of all samples."""
     repeats: int = 1
     """Training: copies of each drawn sample per epoch, on different processes; the epoch length is unchanged."""
 
@@ -69,6 +72,8 @@ class BatchOrder:
                 f"batch_size {self.batch_size} is larger than the training set, {self.size} images, "
                 f"and incomplete batches are dropped; give a batch_size of at most {self.size}"
             )
+
+        assert self.groups is None or self.repeats == 1, "repeated samples are not grouped"
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -86,6 +91,8 @@ class BatchOrder:
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
             drawn = torch.randperm(self.size, generator=generator)
+            if self.groups is not None:
+                drawn = self._grouped(drawn, self.groups, generator)
             slot = torch.arange(len(self) * self.batch_size)
             used = drawn[slot // self.repeats] + self.size * (slot % self.repeats)
             if self.repeats > 1:
@@ -94,6 +101,16 @@ class BatchOrder:
                 yield from used.view(-1, self.world_size, self._local)[start:, self.rank]  # (batches, B)
         else:
             yield from torch.arange(self.rank, self.size, self.world_size).split(self._local)[start : len(self)]
+
+    def _grouped(self, drawn: Tensor, groups: Tensor, generator: torch.Generator) -> Tensor:
+        """Sorts what an epoch uses into batches, each of one group but for one, in random order."""
+        drawn = drawn[: len(self) * self.batch_size]  # what is left out is of any group
+        parts = [drawn[groups[drawn]], drawn[~groups[drawn]]]
+        ends = [len(part) // self.batch_size * self.batch_size for part in parts]
+        rest = [part[end:] for part, end in zip(parts, ends, strict=True)]  # a batch together, or none
+        whole = [part[:end] for part, end in zip(parts, ends, strict=True)]
+        batches = torch.cat([*whole, *rest]).view(-1, self.batch_size)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     @property
     def _local(self) -> int:

@@ -131,6 +131,8 @@ class Pipeline:
     """Reads image files instead of the source's own decoder; None: the source's own."""
     device_transform: Callable[[int], DeviceTransform] | None = None
     """Epoch -> what is left to do on the device; None: nothing."""
+    group: Callable[[Source], Tensor] | None = None
+    """Training: the two groups, True and False, of the samples `(N,)`, of which batches are made; None: one."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,12 @@ class DataInfo:
     """Hash of names, sizes and targets of the training samples; None: unknown, as in runs made before it existed."""
     val_hash: str | None = field(default=None, compare=False)
     """The same of the validation samples."""
+    category_ids: tuple[int, ...] = ()
+    """Ids of the classes in the data set's own files, in the order of the targets; empty: they have none."""
 
     def __post_init__(self) -> None:
+        if self.category_ids and len(self.category_ids) != len(self.class_names):
+            raise ValueError(f"category_ids are {len(self.category_ids)}; allowed: one for each class, or none")
         for name, value in (("mean", self.mean), ("std", self.std)):
             if len(value) != self.in_chans:
                 raise ValueError(
