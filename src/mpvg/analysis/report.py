@@ -174,10 +174,11 @@ def _results(groups: RunsByConfig, sentences: dict[str, list[str]], problems: di
     }
 
 
-_COLUMNS = (
-    *("run", "group", "seed", "network", "place", "delivered", "r", "r_low", "r_high", "r_each", "r_each_low"),
-    *("r_each_high", "spearman", "cosine", "cosine_low", "cosine_high", "r_before", "pe_rank"),
-)
+_ESTIMATES = ("r", "r_each", "cosine", "r_constant", "r_positional", "covariance_constant", "covariance_positional")
+_ESTIMATES += ("variance_constant",)
+_NUMBERS = ("spearman", "r_before", "pe_rank", "pe_variance_constant")
+_COLUMNS = ("run", "group", "seed", "network", "place", "delivered")
+_COLUMNS += tuple(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")) + _NUMBERS
 
 
 def _rows(group: str, one: AnalyzedRun) -> Iterator[dict[str, Any]]:
@@ -186,11 +187,11 @@ def _rows(group: str, one: AnalyzedRun) -> Iterator[dict[str, Any]]:
         for layer in findings.places:
             row: dict[str, Any] = {"run": str(one.run.path), "group": group, "seed": one.run.config.seed}
             row |= {"network": network, "place": layer.name, "delivered": layer.delivered}
-            for name in ("r", "r_each", "cosine"):
+            for name in _ESTIMATES:
                 estimate = getattr(layer, name)
                 low, high = estimate.interval or (None, None)
                 row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
-            yield row | {"spearman": layer.spearman, "r_before": layer.r_before, "pe_rank": layer.pe_rank}
+            yield row | {name: getattr(layer, name) for name in _NUMBERS}
 
 
 def _group_by_config(analyzed: Sequence[AnalyzedRun]) -> dict[str, list[AnalyzedRun]]:
