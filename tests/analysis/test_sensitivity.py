@@ -150,7 +150,7 @@ def test_a_hand_made_network_has_the_changes_of_a_calculator() -> None:
     assert any(astuple(found.shuffled) == change(place) for place in range(4))  # the 4 at any patch
     noise = sensitivity.replacements(model.pe, 0)["noise"][0, :, 0].tolist()
     assert astuple(found.noise) == change(sum(place * value for place, value in enumerate(noise)) / 4)
-    assert found.swapped is found.neighbor is None
+    assert (found.swapped, found.neighbor) == (None, None)
     assert found.removed.accuracy == -1
 
 

@@ -15,7 +15,7 @@ from mpvg.analysis import drawing, page
 from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, Scores, summarize
 from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
 from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
-from mpvg.analysis.sentences import make_sentences
+from mpvg.analysis.sentences import make_sentences, references_of
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.runs import Run
@@ -143,7 +143,7 @@ def write(
         front: HTML between the table of the runs and the findings.
     """
     groups = _group_by_config(analyzed)
-    sentences = {name: make_sentences(members) for name, members in groups.items()}
+    sentences = {name: make_sentences(members, references_of(members, groups)) for name, members in groups.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", _results(groups, sentences, problems))
     rows = [row for name, members in groups.items() for one in members for row in _rows(name, one)]
@@ -174,11 +174,16 @@ def _results(groups: RunsByConfig, sentences: dict[str, list[str]], problems: di
     }
 
 
-_ESTIMATES = ("r", "r_each", "cosine", "r_constant", "r_positional", "covariance_constant", "covariance_positional")
-_ESTIMATES += ("variance_constant",)
+_ESTIMATES = (
+    *("r", "r_each", "cosine", "r_constant", "r_positional", "covariance_constant", "covariance_positional"),
+    "variance_constant",
+)
 _NUMBERS = ("spearman", "r_before", "pe_rank", "pe_variance_constant")
-_COLUMNS = ("run", "group", "seed", "network", "place", "delivered")
-_COLUMNS += tuple(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")) + _NUMBERS
+_COLUMNS = (
+    *("run", "group", "seed", "network", "place", "delivered"),
+    *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")),
+    *_NUMBERS,
+)
 
 
 def _rows(group: str, one: AnalyzedRun) -> Iterator[dict[str, Any]]:

@@ -51,7 +51,7 @@ class Importance:
     """The place whose PE `swapped` delivers: the next one, or the previous one if the next has another shape or there
     is none; None: no neighbor has a PE of this shape."""
     removed: Change
-    """Nothing. The layer then also lacks the mean of its PE, which the weights count on: this overstates the PE."""
+    """Nothing, so that the layer also lacks the mean of its PE, which may be all that it uses of it."""
     mean: Change
     """The mean over patches of its PE, at every patch."""
     swapped: Change | None
