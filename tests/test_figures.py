@@ -96,6 +96,18 @@ def test_the_legend_has_the_lines_of_all_panels() -> None:
     assert len(set(colors[1].values())) == 3
 
 
+def test_a_second_row_has_an_axis_of_its_own() -> None:
+    panels, below = ({"a": {"removed": [[value, 0.0]]}, "b": {"removed": [[0.0]]}} for value in (-30.0, 0.5))
+    figure = figures.side_by_side(panels, "layer", "points", span=5, include=(0,), below=("nats", below))
+    upper, lower = figure.axes[:2], figure.axes[2:]
+    assert len(lower) == 2
+    for row, label, (low, high) in ((upper, "points", (-30.0, 0.0)), (lower, "nats", (0.0, 0.5))):
+        assert [axes.get_ylabel() for axes in row] == [label, ""]
+        assert all(axes.get_ylim()[0] < low < high < axes.get_ylim()[1] for axes in row)
+        assert row[0].get_ylim()[1] - row[0].get_ylim()[0] < 1.2 * (high - low)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["removed"]
+
+
 @pytest.mark.parametrize("color", figures.COLORS)
 def test_colors_can_be_seen(color: str) -> None:
     assert contrast(color, "#ffffff") >= 3

@@ -238,6 +238,53 @@ def test_a_resampled_correlation_is_that_of_the_repeated_images() -> None:
     assert correlation.mean.numpy() == pytest.approx(mean, abs=1e-12)
 
 
+def covariances(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Over positions and channels: of two maps, of their token means at every position, and of what is left."""
+    total = np.mean((a - a.mean()) * (b - b.mean()))
+    means = [np.tile(one.mean(axis=0), (len(one), 1)) for one in (a, b)]
+    rest = [one - mean for one, mean in zip((a, b), means, strict=True)]
+    of_means = np.mean((means[0] - means[0].mean()) * (means[1] - means[1].mean()))
+    return float(total), float(of_means), float(np.mean(rest[0] * rest[1]))
+
+
+def test_a_covariance_is_that_of_the_constant_parts_plus_that_of_the_positional_parts() -> None:
+    """In every resample, in float64; the offsets are a grand mean, which must belong to neither part."""
+    pe, images = noise(6, 5) + noise(5) + 3.0, noise(9, 6, 5) + noise(5) - 7.0
+    sums = torch.zeros(3, 6, 5, dtype=torch.float64)
+    for image, g in zip(images, GROUP, strict=True):
+        sums[g] += image
+    counts, weights = torch.tensor([4, 3, 2]), torch.tensor(WEIGHTS, dtype=torch.float64)
+    split = zip(statistics.split_positions(sums), statistics.split_positions(pe), strict=True)
+    whole, constant, positional = (MeanCorrelation(maps, counts, part) for maps, part in [(sums, pe), *split])
+    for at, row in enumerate(WEIGHTS):
+        mean = np.mean([image.numpy() for image in repeated(images, GROUP, row)], axis=0)
+        pairs = [(mean, pe.numpy()), (mean, mean), (pe.numpy(), pe.numpy())]
+        expected, variances, pe_variances = (covariances(*pair) for pair in pairs)
+        for number, part in enumerate((whole, constant, positional)):
+            assert float(part.covariance(weights)[at]) == pytest.approx(expected[number], abs=1e-12)
+            assert float(part.variance(weights)[at]) == pytest.approx(variances[number], abs=1e-12)
+            assert part.pe_variance == pytest.approx(pe_variances[number], abs=1e-12)
+            r = expected[number] / math.sqrt(variances[number] * pe_variances[number])
+            assert float(part.pearson(weights)[at]) == pytest.approx(r, abs=1e-12)
+        assert expected[1] + expected[2] == pytest.approx(expected[0], abs=1e-13)
+    assert float(whole.covariance()) == pytest.approx(float(whole.covariance(weights)[0]), abs=1e-13)
+    total = constant.covariance(weights) + positional.covariance(weights)
+    assert (total - whole.covariance(weights)).abs().max() < 1e-14
+    assert abs(constant.pe_variance + positional.pe_variance - whole.pe_variance) < 1e-14
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 7, 49])
+def test_equal_rows_have_no_positional_part(positions: int) -> None:
+    """Also where a mean of equal values is not that value, in floating point."""
+    rows = noise(5) / 3
+    constant, positional = statistics.split_positions(rows.expand(2, positions, 5))
+    assert torch.equal(constant, rows.expand(2, 1, 5))
+    assert not positional.any()
+    pe = noise(positions, 5)
+    r = MeanCorrelation(statistics.split_positions(pe[None])[1], torch.ones(1), positional[0]).pearson()
+    assert r.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
 def test_a_resampled_mean_is_that_of_the_repeated_images(shape: tuple[int, ...]) -> None:
     """Without the images whose value is NaN, each entry for itself; in batches of any size."""

@@ -270,6 +270,7 @@ def side_by_side(
     ticks: Mapping[int, str] | None = None,
     span: float | None = None,
     include: Sequence[float] = (),
+    below: tuple[str, Mapping[str, Curves]] | None = None,
 ) -> Figure:
     """Draws several sets of lines side by side, with a common vertical axis; each line is a mean over its repetitions.
 
@@ -280,24 +281,25 @@ def side_by_side(
         ticks: position on the horizontal axes -> its label; None: the positions are numbers.
         span: see `value_range`.
         include: see `value_range`.
+        below: label of the vertical axis and the panels of a second row, with the same titles and lines.
     """
-    figure = Figure(figsize=(max(6.4, 3.6 * len(panels)), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    rows = [(y, panels, span), *([(*below, None)] if below else [])]
+    figure = Figure(figsize=(wide := max(6.4, 3.6 * len(panels)), 3.2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(panels), sharey="row", squeeze=False)
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        for name, repetitions in curves.items():
-            means = np.mean(np.asarray(repetitions, dtype=float), axis=0)
-            number = names.index(name)
-            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)] if ticks else None}
-            axis.plot(means, label=name, linewidth=1, linestyle="-", **style)
-        title = _wrapped(title, (figure.get_figwidth() - 1) / len(panels), float(axis.title.get_fontsize()))
-        axis.set(title=title, xlabel=x)
-        if ticks:
-            axis.set_xticks(list(ticks), list(ticks.values()))
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _set_range(axes[0, 0], panels.values(), False, span, include)
-    axes[0, 0].set_ylabel(_wrapped(y, 2.2, float(axes[0, 0].yaxis.label.get_fontsize())))
+    for row, (label, shown, least) in zip(axes, rows, strict=True):
+        for axis, (title, curves) in zip(row, shown.items(), strict=True):
+            for name, repetitions in curves.items():
+                means, number = np.mean(np.asarray(repetitions, dtype=float), axis=0), names.index(name)
+                marker = MARKERS[number % len(MARKERS)] if ticks else None
+                axis.plot(means, label=name, lw=1, ls="-", color=COLORS[number % len(COLORS)], marker=marker)
+            axis.set(title=_wrapped(title, (wide - 1) / len(panels), float(axis.title.get_fontsize())), xlabel=x)
+            if ticks:
+                axis.set_xticks(list(ticks), list(ticks.values()))
+            else:
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _set_range(row[0], shown.values(), False, least, include)
+        row[0].set_ylabel(_wrapped(label, 2.2, float(row[0].yaxis.label.get_fontsize())))
     _add_legend(figure)
     return figure
 

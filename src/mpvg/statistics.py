@@ -164,6 +164,29 @@ def difference_and_interval(values: list[float], others: list[float]) -> tuple[f
     return difference, Interval(difference - half, difference + half)
 
 
+def split_positions(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits maps into what is the same at every position, and the rest.
+
+    Position n and channel c of a map is a_nc = m_c + d_nc, with m_c the mean over positions (the constant part) and
+    d_nc the rest (the positional part), which adds up to 0 over n. So for two maps, with g the mean over all entries,
+    sum_nc (m_c - g) d'_nc = sum_c (m_c - g) sum_n d'_nc = 0: over all entries, the covariance of the maps is that of
+    their constant parts plus that of their positional parts, and so is each variance. The mean g belongs to neither
+    share: the centering removes it from the constant part, and the positional part has none.
+
+    Args:
+        maps: `(..., N, C)`.
+
+    Returns:
+        The constant part `(..., 1, C)` and the positional part `(..., N, C)`; the latter is exactly 0 in a channel
+        whose entries are all equal, despite rounding. Covariances and variances are per entry, so that one row is
+        enough.
+    """
+    maps = maps.double()
+    equal = maps.amin(dim=-2, keepdim=True) == maps.amax(dim=-2, keepdim=True)
+    constant = torch.where(equal, maps[..., :1, :], maps.mean(dim=-2, keepdim=True))
+    return constant, maps - constant
+
+
 class MeanCorrelation:
     """Correlation of a weighted mean of token maps with a position embedding (PE), for many sets of weights.
 
@@ -203,10 +226,32 @@ class MeanCorrelation:
         """Cosine similarity of the mean map and the PE; arguments and result as for `pearson`."""
         return self._ratio(weights, self._gram, self._inner, self._norm)
 
+    def covariance(self, weights: Tensor | None = None) -> Tensor:
+        """Covariance of the mean map and the PE over their entries; arguments and result as for `pearson`."""
+        weights = self._known(weights)
+        return (weights @ self._centered[1]) / (weights @ self.counts * len(self.target))
+
+    def variance(self, weights: Tensor | None = None) -> Tensor:
+        """Variance of the mean map over its entries; arguments and result as for `pearson`."""
+        weights = self._known(weights)
+        return _squared(weights, self._centered[0]) / ((weights @ self.counts).square() * len(self.target))
+
+    @property
+    def pe_variance(self) -> float:
+        """Variance of the PE over its entries."""
+        return self._centered[2] ** 2 / len(self.target)
+
+    def _known(self, weights: Tensor | None) -> Tensor:
+        return torch.ones_like(self.counts)[None] if weights is None else weights
+
     def _ratio(self, weights: Tensor | None, gram: Tensor, inner: Tensor, norm: float) -> Tensor:
-        weights = torch.ones_like(self.counts)[None] if weights is None else weights
-        squared = torch.einsum("dg,gh,dh->d", weights, gram, weights)
-        return (weights @ inner) / (squared.sqrt() * norm)
+        weights = self._known(weights)
+        return (weights @ inner) / (_squared(weights, gram).sqrt() * norm)
+
+
+def _squared(weights: Tensor, gram: Tensor) -> Tensor:
+    """Squared norm of each weighted sum."""
+    return torch.einsum("dg,gh,dh->d", weights, gram, weights)
 
 
 class GroupedMean:

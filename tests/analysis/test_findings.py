@@ -1,6 +1,7 @@
 """The numbers made of one pass, against stacks of the tokens at every LN, and networks that must be equal."""
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -115,11 +116,27 @@ def assert_layer(layer: LayerFindings, seen: tuple[np.ndarray, np.ndarray], pe: 
     cosine = mean @ target / math.sqrt((mean @ mean) * (target @ target))
     assert layer.cosine.value == pytest.approx(cosine, abs=1e-10)
     assert layer.r_before == pytest.approx(np.corrcoef(before.mean(axis=0).flatten(), target)[0, 1], abs=1e-10)
+    assert_parts(layer, after.mean(axis=0), pe)
     values = np.linalg.svd(pe, compute_uv=False)
     shares = values / values.sum()
     assert layer.pe_rank == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)), abs=1e-9)
     side = math.isqrt(len(pe))
     assert layer.pe_spectrum == pytest.approx(statistics.spectrum(torch.from_numpy(pe), (side, side)), abs=1e-10)
+
+
+def assert_parts(layer: LayerFindings, mean: np.ndarray, pe: np.ndarray) -> None:
+    """Written out: every patch has its channel's mean over patches; what is left of it is positional."""
+    tokens, delivered = (value - value.mean() for value in (mean, pe))
+    constant = [np.tile(value.mean(axis=0), (len(value), 1)) for value in (tokens, delivered)]
+    positional = [value - part for value, part in zip((tokens, delivered), constant, strict=True)]
+    for name, (first, second) in (("constant", constant), ("positional", positional)):
+        expected = np.corrcoef(first.flatten(), second.flatten())[0, 1]
+        assert getattr(layer, f"r_{name}").value == pytest.approx(expected, abs=1e-10)
+        share = (first * second).sum() / (tokens * delivered).sum()
+        assert getattr(layer, f"covariance_{name}").value == pytest.approx(share, rel=1e-8)
+    assert layer.covariance_constant.value + layer.covariance_positional.value == pytest.approx(1, rel=1e-9)
+    assert layer.variance_constant.value == pytest.approx((constant[0] ** 2).sum() / (tokens**2).sum(), abs=1e-10)
+    assert layer.pe_variance_constant == pytest.approx((constant[1] ** 2).sum() / (delivered**2).sum(), abs=1e-10)
 
 
 @pytest.mark.parametrize("network", ["ViT", "ViT-Lite", "T2T-ViT", "timm's"])
@@ -131,9 +148,11 @@ def test_every_layer_has_the_numbers_of_the_paper(network: str, method: str) -> 
     for layer, tokens, (pe, served) in zip(found.places, seen, delivered, strict=True):
         assert layer.delivered == served
         assert_layer(layer, tokens, pe)
-        for value in (layer.r, layer.r_each, layer.cosine):
+        for value in (layer.r, layer.r_each, layer.cosine, layer.r_constant, layer.r_positional):
             assert value.interval is not None
             assert value.interval.low < value.interval.high
+        for share in (layer.covariance_constant, layer.covariance_positional):
+            assert (share.interval is None) == (layer.r.interval.low <= 0 <= layer.r.interval.high)
     layers = [layer for layer in found.places[:4] if layer.delivered] or found.places[:4]
     assert found.slope_layers == [int(layer.name) for layer in layers]
     slope = np.polyfit(found.slope_layers, [layer.r.value for layer in layers], 1)[0]
@@ -167,6 +186,108 @@ def test_an_interval_is_of_the_images_of_the_groups_that_are_drawn() -> None:
     for name, value in (("r", found.places[2].r), ("each", found.places[2].r_each), ("slope", found.slope)):
         low, high = np.percentile(drawn[name], [2.5, 97.5])
         assert value.interval == pytest.approx((2 * value.value - high, 2 * value.value - low), abs=1e-10)
+
+
+# ---- what is the same at every patch, and the rest
+
+
+@torch.no_grad()
+def test_intervals_of_the_parts_are_of_the_images_that_are_drawn() -> None:
+    """At a layer whose r has one sign in every image, so that shares of the covariance have an interval too."""
+    model, images = build("ViT", "mpvg"), images_for("ViT", 22)
+    found, seen = findings(model, images, groups=4).places[1], tokens_at_norms(model, images)[1][1]
+    pe = pes(model, "mpvg")[1][0]
+    pe = pe - pe.mean()
+    constant_pe = np.tile(pe.mean(axis=0), (len(pe), 1))
+    drawn: dict[str, list[float]] = {name: [] for name in ("r_constant", "r_positional", "constant", "positional")}
+    for counts in statistics.resamples(4).int().tolist():
+        mean = seen[[image for image in range(22) for _ in range(counts[image % 4])]].mean(axis=0)
+        mean = mean - mean.mean()
+        constant = np.tile(mean.mean(axis=0), (len(pe), 1))
+        parts = {"constant": (constant, constant_pe), "positional": (mean - constant, pe - constant_pe)}
+        for name, pair in parts.items():
+            drawn[f"r_{name}"].append(np.corrcoef(*(part.flatten() for part in pair))[0, 1])
+            drawn[name].append((pair[0] * pair[1]).sum() / (mean * pe).sum())
+    for name, values in drawn.items():
+        estimate = getattr(found, name if name.startswith("r_") else f"covariance_{name}")
+        low, high = np.quantile(values, [0.025, 0.975])
+        expected = (2 * estimate.value - high, 2 * estimate.value - low)
+        assert estimate.interval == pytest.approx(expected, abs=1e-9), name
+
+
+def with_only(model: Any, part: str) -> Any:
+    """The network, to which only one part of each PE is delivered, in float32 as in training."""
+    original = model.deliver
+
+    def keep(pe: Tensor | None) -> Tensor | None:
+        if pe is None:
+            return None
+        mean = pe.mean(dim=1, keepdim=True)
+        return mean.expand_as(pe) if part == "constant" else pe - mean
+
+    def deliver(pos: Tensor, grid: tuple[int, int] | None = None) -> Any:
+        delivered = original(pos, grid)
+        return delivered._replace(per_layer=tuple(map(keep, delivered.per_layer)), last=keep(delivered.last))
+
+    model.deliver = deliver
+    return model
+
+
+@pytest.mark.parametrize("network", ["ViT", "Swin"])
+@pytest.mark.parametrize(("only", "other"), [("constant", "positional"), ("positional", "constant")])
+def test_what_a_pe_lacks_correlates_with_nothing(network: str, only: str, other: str) -> None:
+    """Rounding in float32 leaves a part of 1e-8 or so, whose r would be any number."""
+    model = with_only(build(network, "mpvg").float(), only)
+    images = images_for(network, 40).float()
+    for layer in (layer for layer in findings(model, images).places if layer.delivered):
+        own, lacking = getattr(layer, f"r_{only}"), getattr(layer, f"r_{other}")
+        assert math.isnan(lacking.value)
+        assert lacking.interval is None
+        assert own.interval is not None
+        assert getattr(layer, f"covariance_{only}").value == pytest.approx(1, abs=1e-4)
+        assert getattr(layer, f"covariance_{other}").value == pytest.approx(0, abs=1e-4)
+        assert layer.pe_variance_constant == pytest.approx(float(only == "constant"), abs=1e-9)
+        assert abs(own.value) > abs(layer.r.value)  # the tokens have both parts
+
+
+@torch.no_grad()
+def test_a_bias_and_a_position_code_can_have_the_same_r() -> None:
+    """The network adds nothing but its PE to black images, once the same at every patch and once not."""
+    found = {}
+    for part in ("constant", "positional"):
+        model = build("ViT", "mpvg", depth=2)
+        mean = model.pos_embed.mean(dim=1, keepdim=True)
+        model.pos_embed.copy_(mean.expand_as(model.pos_embed) if part == "constant" else model.pos_embed - mean)
+        for linear in (model.patch_embed.proj, *(m for m in model.blocks[0].modules() if isinstance(m, nn.Linear))):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        for norm in (model.blocks[1].norm1, model.delivery.layer_norms["1"]):
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+        found[part] = findings(model, torch.zeros(40, 3, 8, 8, dtype=torch.float64)).places[1]
+        assert found[part].r.value == pytest.approx(1, abs=1e-12)
+    assert math.isnan(found["constant"].r_positional.value)
+    assert found["constant"].r_constant.value == pytest.approx(1, abs=1e-12)
+    assert found["positional"].r_positional.value == pytest.approx(1, abs=1e-12)
+
+
+WITH_CLASS_TOKEN = [("ViT", "default"), ("ViT with registers", "lape"), ("CeiT", "default"), ("T2T-ViT", "pvg_token")]
+
+
+@pytest.mark.parametrize(
+    ("network", "method"), [*itertools.product(NETWORKS, ("gap", "mpvg")), *WITH_CLASS_TOKEN, ("Swin", "lape")]
+)
+def test_parts_exist_where_r_does_and_weigh_up_to_it(network: str, method: str) -> None:
+    """In any network: r = r_constant sqrt(its shares of both variances) + the same of the positional part."""
+    for layer in findings(build(network, method), images_for(network, 40)).places:
+        weights = {"constant": layer.variance_constant.value * layer.pe_variance_constant}
+        weights["positional"] = (1 - layer.variance_constant.value) * (1 - layer.pe_variance_constant)
+        parts = {name: getattr(layer, f"r_{name}").value * math.sqrt(weight) for name, weight in weights.items()}
+        assert sum(parts.values()) == pytest.approx(layer.r.value, abs=1e-9)
+        assert 0 <= layer.variance_constant.value <= 1
+        for name, part in parts.items():
+            share = getattr(layer, f"covariance_{name}").value
+            assert share * layer.r.value == pytest.approx(part, abs=1e-9)
 
 
 # ---- the Last LN
@@ -245,14 +366,15 @@ def test_rows_and_norms_go_into_the_findings() -> None:
 
 
 def values(found: Findings) -> list[Estimate]:
-    places = [value for place in found.places for value in (place.r, place.r_each, place.cosine)]
+    kinds = ("r", "r_each", "cosine", "r_constant", "r_positional", "variance_constant")
+    places = [getattr(place, kind) for place in found.places for kind in kinds]
     return [value for value in [*places, found.slope, found.last.mean_token, found.last.mean_token_bare] if value]
 
 
 @pytest.mark.parametrize(("count", "enough"), [(1, False), (39, False), (40, True)])
 def test_intervals_need_two_images_in_each_group(count: int, enough: bool) -> None:
     found = findings(build("ViT", "mpvg"), images_for("ViT", count))
-    assert len(values(found)) == 5 * 3 + 3
+    assert len(values(found)) == 5 * 6 + 3
     assert all((value.interval is not None) == enough for value in values(found))
     expected = f"{count} images are too few for confidence intervals; at least 40 are needed"
     assert found.missing == ([] if enough else [expected])
@@ -299,7 +421,7 @@ def test_findings_are_json(network: str, method: str, undefined: bool) -> None:
     assert [place["name"] for place in read["places"]] == [place.name for place in found.places]
     assert read["images"] == 40
     for place, kept in zip(read["places"], found.places, strict=True):
-        for name in ("r", "r_each", "cosine"):
+        for name in ("r", "r_each", "cosine", "r_constant", "r_positional"):
             if undefined:
                 assert place[name] == {"value": None, "interval": None}
             else:

@@ -3,7 +3,10 @@
 benchmarks/accessibility.py runs axe-core on a report; here are the assertions that need no other package.
 """
 
+import csv
 import itertools
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +14,8 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import sync_playwright
+
+from mpvg.analysis.sensitivity import KINDS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -50,7 +55,7 @@ def test_nothing_fails_and_nothing_is_fetched(opened: tuple[Any, list[str], list
 def test_the_pictures_are_there(opened: tuple[Any, list[str], list[str]]) -> None:
     page, _, _ = opened
     sizes = page.eval_on_selector_all("figure img", "all => all.map(image => image.naturalWidth)")
-    assert len(sizes) == 8 + 3  # three are shown in print only
+    assert len(sizes) == 9 + 3  # three are shown in print only
     assert min(sizes) > 300
     assert page.locator("#correlation .scatterlayer .trace").count() == 4  # two methods, trained and untrained
     assert page.locator("#last .scatterlayer .trace").count() == 5  # gamma and beta, and MPVG's shifted beta
@@ -109,6 +114,48 @@ def test_the_runs_come_first_then_what_r_is_then_r(page: Any) -> None:
     assert rows == ["mpvg", "gap"]
     assert "accuracy minus mpvg, points" in page.locator("table").first.locator("th").all_text_contents()
     assert "The paper" in page.locator("h2:has-text('What r is') ~ p").nth(1).text_content()
+
+
+def cells_of(page: Any, caption: str) -> dict[str, list[str]]:
+    """Row -> its cells, of a table."""
+    rows = page.locator(f"table:has(caption:text-is('{caption}')) tbody tr").all()
+    return {row.locator("th").text_content(): row.locator("td").all_text_contents() for row in rows}
+
+
+def test_the_parts_of_r_stand_behind_r_with_their_shares(page: Any, written: Path) -> None:
+    assert page.locator("h2").all_text_contents().index("What of r is the same at every position") == 4
+    rows = cells_of(page, "The two parts of r")
+    assert len(rows) == 2 * (2 * 2 + 4)  # two methods; r of two parts, before and after training, and four shares
+    with (written / "layers.csv").open() as file:
+        gap = [row for row in csv.DictReader(file) if row["group"] == "gap" and row["network"] == "trained"]
+    for field in ("r_constant", "r_positional"):
+        low, high = (float(gap[2][f"{field}_{end}"]) for end in ("low", "high"))
+        assert low < float(gap[2][field]) < high
+        digits = len(rows[f"gap: {field}"][2].split(" to ")[1].split(".")[1])
+        assert rows[f"gap: {field}"][2].startswith(f"{float(gap[2][field]):+.{digits}f}{low:+.{digits}f} to ")
+    share = rows["gap: constant share of the covariance, %"]
+    for cell, row in zip(share, gap, strict=True):
+        assert (cell == "-") == (float(row["r_low"]) <= 0 <= float(row["r_high"]))
+        assert (row["covariance_constant_low"] == "") == (cell == "-")
+    assert {len(cells) for cells in rows.values()} == {5}
+
+
+def test_every_replacement_is_in_one_table_with_accuracy_and_nll(page: Any, written: Path) -> None:
+    rows = cells_of(page, "Changes if one layer receives another PE")
+    assert len(rows) == 2 * len(KINDS)  # accuracy and NLL; GAP has nothing to replace
+    runs = json.loads((written / "results.json").read_text())["runs"]
+    assert [one["beyond"]["importance"] == [] for one in runs] == [False, False, True]
+    first, second = (one["beyond"]["importance"] for one in runs[:2])
+    assert [place["name"] for place in first] == ["1", "2", "3", "Last LN"]
+    assert [place["neighbor"] for place in first] == ["2", "3", "Last LN", "3"]
+    for kind, words in KINDS.items():
+        for score, label, scale in (("accuracy", "accuracy, points", 100), ("nll", "NLL", 1)):
+            for number, cell in enumerate(rows[f"mpvg: {words}, {label}"]):
+                mean = scale * (first[number][kind][score] + second[number][kind][score]) / 2
+                printed = re.match(r"[+-]\d+\.\d+(e[+-]\d+)?", cell)
+                assert printed
+                assert float(printed[0]) == pytest.approx(mean, rel=0.05, abs=0.0051)
+                assert ("PE of" in cell) == (kind == "swapped")
 
 
 def test_captions_name_the_figures_of_the_paper_and_headings_do_not(written: Path) -> None:
@@ -186,7 +233,7 @@ def test_print_shows_all_figures_on_white(page: Any, scheme: str) -> None:
     assert not page.locator("#norms").is_visible()
     figures = page.locator("figure")
     boxes = [figures.nth(number).locator("img").bounding_box() for number in range(figures.count())]
-    assert len(boxes) == 11
+    assert len(boxes) == 12
     assert all(box["x"] >= 0 and box["x"] + box["width"] <= 680 and box["height"] < 960 for box in boxes)
     ids = page.eval_on_selector_all("figure", "all => all.map(one => one.id)")
     assert {"fig4", "fig6", "fig7"} <= set(ids)

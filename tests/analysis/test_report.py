@@ -52,6 +52,9 @@ def test_all_numbers_and_figures_are_written(written: Path) -> None:
     assert len(rows) == 3 * 2 * 5  # runs, trained and untrained, places
     places = found["runs"][0]["trained"]["places"]
     assert [float(row["r"]) for row in rows[:5]] == [place["r"]["value"] for place in places]
+    for field in ("r_constant", "r_positional", "covariance_constant", "covariance_positional", "variance_constant"):
+        assert [float(row[field]) for row in rows[:5]] == [place[field]["value"] for place in places]
+    assert [float(row["pe_variance_constant"]) for row in rows[:5]] == [p["pe_variance_constant"] for p in places]
     assert [row["delivered"] for row in rows[:5]] == ["False", "True", "True", "True", "True"]
     names = {path.name for path in (written / "figures").iterdir()}
     drawn = [
@@ -62,6 +65,7 @@ def test_all_numbers_and_figures_are_written(written: Path) -> None:
         "fig6-rows",
         "fig7",
         "importance",
+        "parts",
         "pe-frequency",
         "pe-rank",
     ]

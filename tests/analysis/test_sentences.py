@@ -1,5 +1,6 @@
 """What a report says in words and in its first table: what follows from the numbers, and when nothing does."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,9 @@ from scipy import stats
 from mpvg.analysis import comparison
 from mpvg.analysis.comparison import compare, least_accuracy, why_inconclusive
 from mpvg.analysis.findings import AnalyzedRun, Estimate, Findings, Scores
-from mpvg.analysis.page import comparison_table
-from mpvg.analysis.sentences import make_sentences
+from mpvg.analysis.sensitivity import KINDS, Change, Importance, Sensitivity
+from mpvg.analysis.sentences import make_sentences, references_of
+from mpvg.analysis.tables import comparison_table
 from mpvg.statistics import Interval, difference_and_interval
 
 
@@ -27,13 +29,24 @@ def analyzed(
     accuracy: float = 0.5,
     classes: int = 10,
     recorded: Scores | None = None,
+    positional: float | None = 0.01,
+    sensitivity: Sensitivity | None = None,
 ) -> AnalyzedRun:
     """A run of which only what the sentences read is made; `delivered`: layers that receive a PE."""
+
+    def around(value: float) -> Estimate:
+        return Estimate(value, Interval(value - 0.05, value + 0.05))
 
     def findings(value: float, r: float) -> Findings:
         made: Any = object.__new__(Findings)
         places = [
-            SimpleNamespace(name=name, delivered=name in delivered, r=Estimate(r, Interval(r - 0.05, r + 0.05)))
+            SimpleNamespace(
+                name=name,
+                delivered=name in delivered,
+                r=around(r),
+                r_constant=around(2 * r),
+                r_positional=Estimate(math.nan) if positional is None else around(positional),
+            )
             for name in "0123"
         ]
         made.__dict__.update(
@@ -52,7 +65,10 @@ def analyzed(
         trained=findings(slope, r),
         untrained=findings(before, 0.1),
         name="run",
-        run=SimpleNamespace(info=SimpleNamespace(num_classes=classes)),
+        run=SimpleNamespace(
+            info=SimpleNamespace(num_classes=classes), config=SimpleNamespace(model="vit", data="digits")
+        ),
+        sensitivity=sensitivity,
         result=SimpleNamespace(nll=150.0, images=100),
         recorded=recorded,
     )
@@ -76,7 +92,7 @@ CONCLUSIONS = ("fall with depth", "rise with depth", "no effect", "the paper", "
     ],
 )
 def test_the_verdict_follows_the_numbers(slopes: list[float], verdict: str) -> None:
-    sentences = make_sentences([analyzed(slope) for slope in slopes])
+    sentences = make_sentences([analyzed(slope) for slope in slopes], {})
     assert sentences[1].endswith(f": {verdict}.")
     assert sum(other in sentences[1] for other in CONCLUSIONS[:3]) == 1
 
@@ -84,7 +100,7 @@ def test_the_verdict_follows_the_numbers(slopes: list[float], verdict: str) -> N
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("value", [-0.05, 0.05])
 def test_nothing_is_concluded_from_fewer_than_five_seeds(count: int, value: float) -> None:
-    text = " ".join(make_sentences([analyzed(slope) for slope in seeds(count, value)]))
+    text = " ".join(make_sentences([analyzed(slope) for slope in seeds(count, value)], {}))
     assert f"nothing is concluded from them: {count} seed" in text
     assert "at least 5 are needed" in text
     assert [word for word in CONCLUSIONS if word in text] == []
@@ -97,7 +113,7 @@ def test_nothing_is_concluded_near_chance(chance: float) -> None:
     runs = [analyzed(slope) for slope in seeds(7, 0.05)]
     assert why_inconclusive(runs) == ""
     runs[3] = analyzed(0.05, accuracy=chance)
-    text = " ".join(make_sentences(runs))
+    text = " ".join(make_sentences(runs, {}))
     assert f"the lowest accuracy is {100 * chance:.2f}" in text.replace("15.0 %", "15.00 %")
     assert "20.0 % is needed (twice chance for 10 classes)" in text.replace("20.00", "20.0")
     assert [word for word in CONCLUSIONS if word in text] == []
@@ -115,16 +131,16 @@ def test_what_is_needed_can_be_reached_with_any_number_of_classes(classes: int, 
 
 def test_an_effect_that_was_there_before_training_is_none() -> None:
     runs = [analyzed(slope, slope + wobble) for slope, wobble in zip(seeds(5, -0.05), seeds(5, 0.0), strict=True)]
-    assert "no effect shown" in make_sentences(runs)[1]
+    assert "no effect shown" in make_sentences(runs, {})[1]
 
 
 def test_opposed_layers_are_counted_by_their_intervals() -> None:
-    sentences = make_sentences([analyzed(r=r) for r in seeds(5, -0.2)])
+    sentences = make_sentences([analyzed(r=r) for r in seeds(5, -0.2)], {})
     assert (
         "Tokens and delivered PE are opposed (the whole interval of r is below 0) in 3 of these 3; training lowers r "
         "in 3 and raises it in 0." in sentences[2]
     )
-    sentences = make_sentences([analyzed(r=r) for r in (-0.2, 0.21, 0.01, 0.2, -0.1)])
+    sentences = make_sentences([analyzed(r=r) for r in (-0.2, 0.21, 0.01, 0.2, -0.1)], {})
     assert "in 0 of these 3; training lowers r in 0 and raises it in 0." in sentences[2]
 
 
@@ -132,7 +148,7 @@ def test_opposed_layers_are_counted_by_their_intervals() -> None:
 @pytest.mark.parametrize("delivered", ["", "123", "0123", "23"])
 def test_layers_that_receive_no_pe_are_not_called_opposed(count: int, delivered: str) -> None:
     """GAP receives none, PVG and MPVG none in layer 0, LaPE everywhere."""
-    sentences = make_sentences([analyzed(r=r, delivered=delivered) for r in seeds(count, -0.2)])
+    sentences = make_sentences([analyzed(r=r, delivered=delivered) for r in seeds(count, -0.2)], {})
     raw = [text for text in sentences if "compared with the raw PE that they do not receive" in text]
     assert len(raw) == (len(delivered) < 4)
     assert not any("opposed" in text or "paper" in text for text in raw)
@@ -142,6 +158,108 @@ def test_layers_that_receive_no_pe_are_not_called_opposed(count: int, delivered:
     if not delivered:
         assert "r with the raw PE, which they do not receive, changes by" in " ".join(sentences)
         assert "paper" not in " ".join(sentences)
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_each_part_is_counted_by_its_own_intervals(count: int) -> None:
+    """Here r_constant is twice r, and r_positional is around 0."""
+    text = make_sentences([analyzed(r=r) for r in seeds(count, -0.2)], {})[2 if count == 5 else 3]
+    assert "r_constant, of the means over patches, is between -0.40" in text
+    assert "r_positional, of what is left, is between +0.01" in text
+    concluded = (
+        "(the whole interval of r_constant is below 0) in 3 of these 3; training lowers r_constant in 3",
+        "(the whole interval of r_positional is below 0) in 0 of these 3; training lowers r_positional in 0",
+    )
+    assert [part in text for part in concluded] == [count == 5] * 2
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_part_that_is_not_there_is_undefined(count: int) -> None:
+    text = " ".join(make_sentences([analyzed(r=r, positional=None) for r in seeds(count, -0.2)], {}))
+    assert "r_positional, of what is left, is undefined in 3 of 3." in text
+    assert "nan" not in text
+    if count == 5:
+        assert "(the whole interval of r_positional is below 0) in 0 of these 3" in text
+
+
+# ---- r with a PE that is not delivered, beside
+
+
+def test_r_of_a_network_without_delivery_stands_beside() -> None:
+    gap = [analyzed(slope, r=-0.1, delivered="") for slope in seeds(5, -0.03)]
+    mpvg = [analyzed(slope) for slope in seeds(5, -0.05)]
+    groups = {"mpvg": mpvg, "gap": gap}
+    assert list(references_of(mpvg, groups)) == ["gap"]
+    (said,) = [text for text in make_sentences(mpvg, {"gap": gap}) if "For comparison" in text]
+    assert said.startswith("For comparison, gap receives no PE: its r with the raw PE is between -0.1")
+    assert "and changes by -0.030" in said
+    assert "It is negative (the whole interval of r is below 0) in 4 of these 4" in said
+    assert not any("For comparison" in text or "This report has no run" in text for text in make_sentences(gap, {}))
+
+
+@pytest.mark.parametrize(("few", "other"), [("gap", "mpvg"), ("mpvg", "gap")])
+def test_nothing_is_concluded_of_a_comparison_with_few_seeds(few: str, other: str) -> None:
+    groups = {
+        name: [analyzed(slope, r=-0.1, delivered="" if name == "gap" else "123") for slope in seeds(count, -0.03)]
+        for name, count in ((few, 4), (other, 5))
+    }
+    (said,) = [text for text in make_sentences(groups["mpvg"], {"gap": groups["gap"]}) if "For comparison" in text]
+    assert "negative" not in said
+
+
+def test_a_comparison_needs_the_same_network_and_data() -> None:
+    mpvg, gap = [analyzed()], [analyzed(delivered="")]
+    gap[0].run.config.__dict__.update(data="fashion-mnist")
+    assert references_of(mpvg, {"mpvg": mpvg, "gap": gap}) == {}
+    (said,) = [text for text in make_sentences(mpvg, {}) if "no run of the same network and data" in text]
+    assert "a negative r alone does not show what a delivered PE does" in said
+
+
+# ---- replacements
+
+
+def replaced(removed: float, mean: float) -> Sensitivity:
+    """Two layers; NLL is the given number, and accuracy its negative; the second layer matters half as much."""
+
+    def change(value: float) -> Change:
+        return Change(accuracy=-value, nll=value)
+
+    importance = [
+        Importance(
+            name=name,
+            neighbor=neighbor,
+            removed=change(share * removed),
+            mean=change(share * mean),
+            swapped=None if neighbor is None else change(0.0),
+            shuffled=change(share * removed),
+            noise=change(share * removed),
+        )
+        for name, neighbor, share in (("2", "3", 1.0), ("3", None, 0.5))
+    ]
+    return Sensitivity(images=100, accuracy=0.9, nll=0.3, importance=importance, translation={}, resolutions={})
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_replacements_are_compared_with_removal_in_each_seed(count: int) -> None:
+    runs = [analyzed(sensitivity=replaced(value, value / 2)) for value in seeds(count, 0.3)]
+    text = make_sentences(runs, {})[-1]
+    assert text.startswith("Changes of accuracy and NLL at layer 2, where removal of the PE costs most: removed -30.")
+    for words in KINDS.values():
+        assert words in text
+    assert "the neighbor's (3) +0.00" in text
+    assert "its mean over patches -15.0" in text
+    concluded = (
+        "Of 2 places, removal raises the NLL by more (the whole interval of the difference is above 0) than its mean "
+        "over patches in 2, the neighbor's in 1, its rows shuffled in 0, noise of its mean and std in 0."
+    )
+    assert (concluded in text) == (count == 5)
+    assert ("raises" in text) == (count == 5)
+
+
+def test_without_a_measurement_there_is_no_sentence_on_replacements() -> None:
+    empty = replace(replaced(0.1, 0.1), importance=[])
+    for sensitivity in (None, empty):
+        assert "beta is" in make_sentences([analyzed(sensitivity=sensitivity)], {})[-1]
 
 
 # ---- the first table

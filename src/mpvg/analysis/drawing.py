@@ -1,6 +1,7 @@
 """The figures of a report, as PNG for the page and as PDF for a paper."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mpvg.analysis.findings import AnalyzedRun, RunsByConfig, layer_names
 from mpvg.analysis.probe import LAST, SampleImage
+from mpvg.analysis.sensitivity import KINDS, Sensitivity
 from mpvg.data import DataInfo
 
 IMAGES_IN_FIG7 = 3
@@ -21,7 +23,7 @@ def draw(groups: RunsByConfig, folder: Path) -> dict[str, Path]:
     """Draws all figures for which there are findings; returns name -> PNG file, with a PDF next to each."""
     from mpvg import figures
 
-    drawn = {"fig4": _correlations(groups), "fig6": _last_norm(groups)}
+    drawn = {"fig4": _correlations(groups), "parts": _parts(groups), "fig6": _last_norm(groups)}
     for number, (name, members) in enumerate(groups.items()):
         slug = re.sub(r"[^\w.-]+", "-", members[0].name)
         drawn[f"fig2-{number}-{slug}"] = _heatmaps(name, members[0])
@@ -72,6 +74,21 @@ def _correlations(groups: RunsByConfig) -> Any:
         span=R_SPAN,
         include=(0,),
     )
+
+
+def _parts(groups: RunsByConfig) -> Any:
+    from mpvg import figures
+
+    labels = {"r": "r", "r_constant": "r of the constant parts", "r_positional": "r of the positional parts"}
+    panels = {
+        name: {
+            label: [[getattr(place, field).value for place in one.trained.places] for one in members]
+            for field, label in labels.items()
+        }
+        for name, members in groups.items()
+    }
+    ticks = dict(enumerate(layer_names(groups)))
+    return figures.side_by_side(panels, "layer", "r(mean token, PE)", ticks=ticks, span=R_SPAN, include=(0,))
 
 
 def _heatmaps(name: str, one: AnalyzedRun) -> Any:
@@ -158,22 +175,8 @@ def _sensitivity(groups: RunsByConfig) -> dict[str, Any]:
     if not measured:
         return {}
     drawn = {}
-    panels: dict[str, Any] = {}
-    longest: list[str] = []
-    for name, members in measured.items():
-        layers = [change.name for change in members[0].importance]
-        longest = max(longest, layers, key=len)
-        if layers:
-            changes = ("removed", "shuffled", "swapped")
-            panels[name] = {
-                change: [[100 * (_or_nan(getattr(i, change)) - m.accuracy) for i in m.importance] for m in members]
-                for change in changes
-            }
-    if panels:
-        ticks = dict(enumerate(longest))
-        drawn["importance"] = figures.side_by_side(
-            panels, "layer", "change of accuracy, percentage points", ticks=ticks, span=5, include=(0,)
-        )
+    if any(one.importance for several in measured.values() for one in several):
+        drawn["importance"] = _importance(measured, layer_names(groups))
     for key, title, x, y in (
         ("translation", "Predictions unchanged by a shift", "pixels", "share of images"),
         ("resolutions", "Other image sizes", "side of the image, pixels", "accuracy"),
@@ -184,6 +187,36 @@ def _sensitivity(groups: RunsByConfig) -> dict[str, Any]:
         ticks = {i: str(step) for i, step in enumerate(steps)}
         drawn[key] = figures.lines(curves, title, x, y, ticks=ticks, percent=True)
     return drawn
+
+
+def _importance(measured: Mapping[str, Sequence[Sensitivity]], layers: Sequence[str]) -> Any:
+    from mpvg import figures
+
+    names = [
+        name for name in layers if any(name == p.name for several in measured.values() for p in several[0].importance)
+    ]
+
+    def curve(one: Sensitivity, kind: str, score: str) -> list[float]:
+        changes = {place.name: getattr(place, kind) for place in one.importance}
+        scale = 100 if score == "accuracy" else 1
+        return [_or_nan(None if changes.get(n) is None else scale * getattr(changes[n], score)) for n in names]
+
+    def panels(score: str) -> dict[str, Any]:
+        return {
+            name: {words: [curve(one, kind, score) for one in several] for kind, words in KINDS.items()}
+            for name, several in measured.items()
+            if several[0].importance
+        }
+
+    return figures.side_by_side(
+        panels("accuracy"),
+        "layer",
+        "change of accuracy, percentage points",
+        ticks=dict(enumerate(names)),
+        span=5,
+        include=(0,),
+        below=("change of NLL, nats", panels("nll")),
+    )
 
 
 def _or_nan(value: float | None) -> float:

@@ -1,9 +1,9 @@
 """The numbers that follow from one pass over images, as values that JSON can store."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from mpvg.statistics import Interval, MeanCorrelation
 
 MIN_IMAGES_PER_GROUP = 2
 """Every bootstrap group needs at least this many images for an interval."""
+ROUNDING = 1e-12
+"""A part with less than this share of a variance is rounding of float32 numbers, and correlates with nothing."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Estimate:
 
     value: float
     interval: Interval | None = None
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 if the interval excludes 0; 0 if it includes 0 or there is none."""
+        if self.interval is None:
+            return 0
+        return -1 if self.interval.high < 0 else int(self.interval.low > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,19 @@ class LayerFindings:
     """Whether the method delivers a PE to this layer; otherwise the tokens are compared with the raw PE."""
     r: Estimate
     """Pearson's r of the tokens' mean over images (Figs. 2, 4, 8)."""
+    r_constant: Estimate
+    """Pearson's r of the constant parts: the means over patches, `statistics.split_positions`."""
+    r_positional: Estimate
+    """Pearson's r of the positional parts, which is what is left of the tokens' mean and of the PE."""
+    covariance_constant: Estimate
+    """The constant parts' share of the covariance; below 0 or above 1 if the two parts' r have opposite signs. No
+    interval if that of r includes 0: a share of a covariance that may be 0 can be any number."""
+    covariance_positional: Estimate
+    """The positional parts' share of the covariance; the two shares add up to 1."""
+    variance_constant: Estimate
+    """The constant part's share of the variance of the tokens' mean, in [0, 1]; the rest is positional."""
+    pe_variance_constant: float
+    """The same of the PE."""
     r_each: Estimate
     """Pearson's r of every single image, averaged over images."""
     spearman: float
@@ -203,11 +225,20 @@ def _layer(stats: LayerStats, counts: Tensor, weights: Tensor | None) -> tuple[L
     assert stats.pe is not None
     mean = MeanCorrelation(stats.after, counts, stats.pe)
     draws = None if weights is None else mean.pearson(weights)
+    r = _estimate(float(mean.pearson()), draws)
+    split = zip(statistics.split_positions(stats.after), statistics.split_positions(stats.pe), strict=True)
+    constant, positional = (_part(MeanCorrelation(maps, counts, pe), mean, r, weights) for maps, pe in split)
     side = round(len(stats.pe) ** 0.5)
     found = LayerFindings(
         name=stats.name,
         delivered=stats.delivered,
-        r=_estimate(float(mean.pearson()), draws),
+        r=r,
+        r_constant=constant.r,
+        r_positional=positional.r,
+        covariance_constant=constant.covariance,
+        covariance_positional=positional.covariance,
+        variance_constant=constant.variance,
+        pe_variance_constant=constant.pe_variance,
         r_each=_mean(stats.image_r, weights),
         spearman=statistics.spearman(mean.mean, mean.target),
         cosine=_estimate(float(mean.cosine()), None if weights is None else mean.cosine(weights)),
@@ -216,6 +247,32 @@ def _layer(stats: LayerStats, counts: Tensor, weights: Tensor | None) -> tuple[L
         pe_spectrum=statistics.spectrum(stats.pe, (side, side)),
     )
     return found, draws
+
+
+class _Part(NamedTuple):
+    """What the constant or the positional part has of a layer's r, covariance and variances."""
+
+    r: Estimate
+    covariance: Estimate
+    variance: Estimate
+    pe_variance: float
+
+
+def _part(part: MeanCorrelation, whole: MeanCorrelation, r: Estimate, weights: Tensor | None) -> _Part:
+    """A part of a layer, given the whole and its r."""
+
+    def estimate(value: Callable[[Tensor | None], Tensor], *, interval: bool = True) -> Estimate:
+        return _estimate(float(value(None)), value(weights) if interval and weights is not None else None)
+
+    variance = estimate(lambda drawn: part.variance(drawn) / whole.variance(drawn))
+    pe_variance = part.pe_variance / whole.pe_variance if whole.pe_variance > 0 else math.nan
+    known = variance.value > ROUNDING and pe_variance > ROUNDING
+    return _Part(
+        r=estimate(part.pearson) if known else Estimate(math.nan),
+        covariance=estimate(lambda drawn: part.covariance(drawn) / whole.covariance(drawn), interval=r.sign != 0),
+        variance=variance,
+        pe_variance=pe_variance,
+    )
 
 
 def _slope(layers: list[LayerFindings], draws: dict[str, Tensor | None]) -> Estimate | None:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpvg.analysis.comparison import MIN_SEEDS, Compared, compare
+from mpvg.analysis.comparison import MIN_SEEDS, compare
 from mpvg.analysis.drawing import IMAGES_IN_FIG7, R_SPAN, norm_map, to_rgb
-from mpvg.analysis.findings import Estimate, Findings, RunsByConfig, layer_names, without_nan
-from mpvg.analysis.numbers import estimate_parts
-from mpvg.analysis.sentences import mean_over_seeds, r_at
+from mpvg.analysis.findings import Findings, RunsByConfig, without_nan
+from mpvg.analysis.sentences import mean_over_seeds, value_at
+from mpvg.analysis.tables import comparison_table, correlation_table, parts_table, replacement_table
 from mpvg.runs.environment import commit, hardware
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -48,7 +48,7 @@ def render(
     members = [f"{one.name} on {one.run.config.data}" for several in groups.values() for one in several]
     made = f"{', '.join(members)}. Commit {commit()}, {hardware()}, torch {torch.__version__}"
     compared = compare(groups)
-    others = {name: path for name, path in pictures.items() if name not in _INTERACTIVE}
+    others = {name: path for name, path in pictures.items() if name not in (*_INTERACTIVE, *_PLACED)}
     parts = {
         "title": escape(title),
         "comparison": comparison_table(compared),
@@ -60,7 +60,9 @@ def render(
         ),
         "problems": _problems(f"{run}: {why}" for run, why in problems.items()),
         "missing": _problems(sorted(missing)),
-        "table": _table(groups),
+        "table": correlation_table(groups),
+        "parts-table": parts_table(groups),
+        "replacements": _replacements(groups, pictures),
         "figures": "".join(_figure(name, path) for name, path in others.items()),
         "charts": _json(_charts(groups)),
         "norms": _json(_norms(groups)),
@@ -68,17 +70,21 @@ def render(
         "made": escape(made),
     }
     parts |= {name: _figure(name, pictures[name], "static") if name in pictures else "" for name in _INTERACTIVE}
+    parts["parts"] = _figure("parts", pictures["parts"]) if "parts" in pictures else ""
     # In one pass, so that no placeholder is searched for in the parts that were filled in.
     return re.sub(r"<!--([\w-]+)-->", lambda placeholder: parts[placeholder[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 _INTERACTIVE = ("fig4", "fig6", "fig7")
 """Figures that are interactive on the screen; their files are shown in print, and without JavaScript."""
+_PLACED = ("parts", "importance")
+"""Other figures that have their place in the page; the rest is shown at its end."""
 _CAPTIONS = {
     "fig2": "The mean token of each layer after its LN, and the PE that it is compared with, patches by channels. One "
     "scale per row. As in Figs. 2 and 8 of the paper.",
     "fig4": "r of each layer and the Last LN: mean over seeds and their range; dashed: before training. As in "
     "Fig. 4 of the paper.",
+    "parts": "r of each layer and the Last LN, and r of its two parts; mean over seeds.",
     "fig6": "Weight (gamma) and bias (beta) of the Last LN, per channel. As in Fig. 6 of the paper.",
     "fig6-rows": "Cosine similarity of every token before and after the Last LN; mean over images. The class token, if "
     "there is one, comes first. As in Fig. 6 of the paper.",
@@ -86,12 +92,29 @@ _CAPTIONS = {
     "the paper.",
     "pe-rank": "Effective rank of the PE of each layer: how many directions it uses.",
     "pe-frequency": "Share of the PE's power at one cycle per image: how smooth it is.",
-    "importance": "Change of accuracy when the PE of one layer is removed, delivered to other patches, or replaced by "
-    "that of the next layer.",
+    "importance": "Change of accuracy and of NLL when one layer, or the Last LN, receives something else than its PE; "
+    "mean over seeds.",
     "translation": "Share of images whose predicted class stays the same when the image is shifted by some pixels, "
     "over four directions.",
     "resolutions": "Accuracy at other image sizes: images are resized, the PE is resampled, other weights are kept.",
 }
+
+
+_REPLACEMENTS = """<h2>What changes if one layer receives another PE</h2>
+<p>Change of accuracy, in points, and of NLL, in nats, on the same images, if one layer or the Last LN receives
+something else than its PE: nothing (removed); the mean over patches of its PE, at every patch; the PE of its neighbor,
+the next place or, if that has another shape, the previous one; the rows of its PE at other patches; noise with the
+mean and the standard deviation of its PE in each channel. Permutation and noise are fixed. Class token and registers
+keep their rows.</p>
+<p>Removal alone cannot tell what a PE does as a position code from what it does as a bias: it takes away both. The
+other four leave the bias, or about the same, in place.</p>
+"""
+
+
+def _replacements(groups: RunsByConfig, pictures: Mapping[str, Path]) -> str:
+    table = replacement_table(groups)
+    picture = _figure("importance", pictures["importance"]) if "importance" in pictures else ""
+    return f"{_REPLACEMENTS}{picture}{table}" if table else ""
 
 
 def _problems(texts: Iterable[str]) -> str:
@@ -121,68 +144,6 @@ def figure(path: Path, alternative: str, caption: str, *, id: str, kind: str = "
     )
 
 
-def comparison_table(compared: Mapping[str, Compared]) -> str:
-    """HTML of the table of the runs: a row per config."""
-    first = next(iter(compared))
-    head = ["runs", "seeds", "images", "accuracy, %", "each seed, %", "NLL"]
-    head += [f"accuracy minus {first}, points", f"NLL minus {first}"] if len(compared) > 1 else []
-    rows = []
-    for name, one in compared.items():
-        images = " ".join(f"{count:,}" for count in dict.fromkeys(score.images for score in one.scores))
-        each = " ".join(f"{100 * score.accuracy:.2f}" for score in one.scores)
-        cells = [str(len(one.scores)), images, _cell(one.accuracy, scale=100, signed=False), each]
-        cells.append(_cell(one.nll, signed=False))
-        if len(compared) > 1:
-            differences = (one.accuracy_difference, 100), (one.nll_difference, 1)
-            cells += ["-" if value is None else _cell(value, scale=scale) for value, scale in differences]
-        rows.append((escape(name), cells))
-    return _html_table("Accuracy and NLL", head, rows, wide=(3,))
-
-
-def _html_table(
-    caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], wide: Sequence[int] = ()
-) -> str:
-    """A table in a box that scrolls, so that the page does not.
-
-    Args:
-        caption: what it shows, as text.
-        head: headings of the columns, as text.
-        rows: heading and cells of each row, as HTML.
-        wide: cells that may be broken into several lines.
-    """
-    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    body = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f"<td{' class=list' if n in wide else ''}>{cell}</td>" for n, cell in enumerate(cells))
-        + "</tr>"
-        for name, cells in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _table(groups: RunsByConfig) -> str:
-    names = layer_names(groups)
-    rows = []
-    for name, members in groups.items():
-        places = members[0].trained.places
-        for kind, trained in (("", True), (", untrained", False)):
-            cells = [
-                _cell(mean_over_seeds(members, r_at(index), trained))
-                + ("" if place.delivered else "<br><small>raw PE</small>")
-                for index, place in enumerate(places)
-            ]
-            rows.append((escape(name + kind), cells + ["-"] * (len(names) - len(places))))
-    return _html_table("r of each layer", ["r", *names], rows)
-
-
-def _cell(estimate: Estimate, *, scale: float = 1, signed: bool = True) -> str:
-    value, interval = estimate_parts(estimate, scale=scale, signed=signed)
-    return value if interval is None else f"{value}<br><small>{interval}</small>"
-
-
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
 """plotly's names of figures.MARKERS."""
 
@@ -199,7 +160,7 @@ def _charts(groups: RunsByConfig) -> dict[str, Any]:
         symbol = _SYMBOLS[number % len(_SYMBOLS)]
         symbols = [symbol if layer.delivered else f"{symbol}-open" for layer in members[0].trained.places]
         for trained, dash, label in ((True, "solid", name), (False, "dash", f"{name}, untrained")):
-            values = [mean_over_seeds(members, r_at(index), trained) for index in range(len(places))]
+            values = [mean_over_seeds(members, value_at(index), trained) for index in range(len(places))]
             above = [0.0 if v.interval is None else v.interval.high - v.value for v in values]
             below = [0.0 if v.interval is None else v.value - v.interval.low for v in values]
             lines.append(

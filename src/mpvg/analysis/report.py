@@ -15,7 +15,7 @@ from mpvg.analysis import drawing, page
 from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, Scores, summarize
 from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
 from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
-from mpvg.analysis.sentences import make_sentences
+from mpvg.analysis.sentences import make_sentences, references_of
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.runs import Run
@@ -143,7 +143,7 @@ def write(
         front: HTML between the table of the runs and the findings.
     """
     groups = _group_by_config(analyzed)
-    sentences = {name: make_sentences(members) for name, members in groups.items()}
+    sentences = {name: make_sentences(members, references_of(members, groups)) for name, members in groups.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", _results(groups, sentences, problems))
     rows = [row for name, members in groups.items() for one in members for row in _rows(name, one)]
@@ -174,9 +174,15 @@ def _results(groups: RunsByConfig, sentences: dict[str, list[str]], problems: di
     }
 
 
+_ESTIMATES = (
+    *("r", "r_each", "cosine", "r_constant", "r_positional", "covariance_constant", "covariance_positional"),
+    "variance_constant",
+)
+_NUMBERS = ("spearman", "r_before", "pe_rank", "pe_variance_constant")
 _COLUMNS = (
-    *("run", "group", "seed", "network", "place", "delivered", "r", "r_low", "r_high", "r_each", "r_each_low"),
-    *("r_each_high", "spearman", "cosine", "cosine_low", "cosine_high", "r_before", "pe_rank"),
+    *("run", "group", "seed", "network", "place", "delivered"),
+    *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")),
+    *_NUMBERS,
 )
 
 
@@ -186,11 +192,11 @@ def _rows(group: str, one: AnalyzedRun) -> Iterator[dict[str, Any]]:
         for layer in findings.places:
             row: dict[str, Any] = {"run": str(one.run.path), "group": group, "seed": one.run.config.seed}
             row |= {"network": network, "place": layer.name, "delivered": layer.delivered}
-            for name in ("r", "r_each", "cosine"):
+            for name in _ESTIMATES:
                 estimate = getattr(layer, name)
                 low, high = estimate.interval or (None, None)
                 row |= {name: estimate.value, f"{name}_low": low, f"{name}_high": high}
-            yield row | {"spearman": layer.spearman, "r_before": layer.r_before, "pe_rank": layer.pe_rank}
+            yield row | {name: getattr(layer, name) for name in _NUMBERS}
 
 
 def _group_by_config(analyzed: Sequence[AnalyzedRun]) -> dict[str, list[AnalyzedRun]]:

@@ -21,18 +21,45 @@ SIZES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Image sizes, relative to the network's own."""
 
 
+KINDS = {
+    "removed": "removed",
+    "mean": "its mean over patches",
+    "swapped": "the neighbor's",
+    "shuffled": "its rows shuffled",
+    "noise": "noise of its mean and std",
+}
+"""What a place receives instead of its PE: field of Importance -> in words."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the scores change, on the same images: the changed network minus the unchanged one."""
+
+    accuracy: float
+    """In [-1, 1]."""
+    nll: float
+    """Mean negative log-likelihood of the targets, in nats."""
+
+
 @dataclass(frozen=True)
 class Importance:
-    """Accuracy on the same images when the PE of one layer, or of the Last LN, is changed."""
+    """The changes when one place, a layer or the Last LN, receives something else than its PE; see `replacements`."""
 
     name: str
     """The layer's number, or "Last LN"."""
-    removed: float
-    """No PE is delivered to this layer."""
-    shuffled: float
-    """The rows of its PE are delivered to other patches, by a fixed permutation."""
-    swapped: float | None
-    """It receives the PE of the next layer instead, and the last one that of the first; None: the shapes differ."""
+    neighbor: str | None
+    """The place whose PE `swapped` delivers: the next one, or the previous one if the next has another shape or there
+    is none; None: no neighbor has a PE of this shape."""
+    removed: Change
+    """Nothing, so that the layer also lacks the mean of its PE, which may be all that it uses of it."""
+    mean: Change
+    """The mean over patches of its PE, at every patch."""
+    swapped: Change | None
+    """The PE of the neighbor."""
+    shuffled: Change
+    """The rows of its PE at other patches, by a fixed permutation."""
+    noise: Change
+    """Fixed noise with the mean and the standard deviation over patches of its PE, in each channel."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +70,8 @@ class Sensitivity:
     """Number of images."""
     accuracy: float
     """Of the unchanged network."""
+    nll: float
+    """Mean negative log-likelihood of the targets under the unchanged network, in nats."""
     importance: list[Importance]
     """One entry per layer that receives a PE, in order, then the Last LN if it does."""
     translation: dict[int, float]
@@ -76,37 +105,59 @@ def measure_sensitivity(model: nn.Module, batches: CachedBatches) -> Sensitivity
     return Sensitivity(
         images=unchanged.images,
         accuracy=unchanged.metrics["accuracy"],
+        nll=unchanged.metrics["nll"],
         importance=importance(model, batches),
         translation=translation(model, batches),
         resolutions=resolutions(model, batches),
     )
 
 
-def importance(model: nn.Module, batches: CachedBatches, seed: int = 0) -> list[Importance]:
-    """Accuracy with the delivered PE of one layer removed, shuffled, or replaced by that of the next layer."""
+def importance(model: nn.Module, batches: CachedBatches) -> list[Importance]:
+    """Changes what one place receives, each place in turn; the other places and the chain stay as they are."""
     network = delivered_network(model)
     delivered = network.deliver(network.raw_pos_embed())
-    layers = [layer for layer in range(len(delivered.per_layer) + 1) if _get(delivered, layer) is not None]
+    names = [*map(str, range(len(delivered.per_layer))), LAST]
+    pes = {place: pe for place in range(len(names)) if (pe := _get(delivered, place)) is not None}
+    unchanged = evaluate(model, batches).metrics
 
-    def accuracy(layer: int, pe: Tensor | None) -> float:
-        with change_delivery(model, lambda original: _replace(original, layer, pe)):
-            return evaluate(model, batches).metrics["accuracy"]
+    def change(place: int, pe: Tensor | None) -> Change:
+        with change_delivery(model, lambda original: _replace(original, place, pe)):
+            changed = evaluate(model, batches).metrics
+        return Change(changed["accuracy"] - unchanged["accuracy"], changed["nll"] - unchanged["nll"])
 
     found = []
-    for layer, following in zip(layers, [*layers[1:], *layers[:1]], strict=True):
-        pe, other = _get(delivered, layer), _get(delivered, following)
-        assert pe is not None
-        order = torch.randperm(pe.shape[1], generator=torch.Generator().manual_seed(seed)).to(pe.device)
-        fits = other is not None and other is not pe and other.shape == pe.shape
+    for place, pe in pes.items():
+        neighbor = _neighbor(pes, place)
+        made = {name: change(place, value) for name, value in replacements(pe, network.num_prefix_tokens).items()}
         found.append(
             Importance(
-                name=str(layer) if layer < len(delivered.per_layer) else LAST,
-                removed=accuracy(layer, None),
-                shuffled=accuracy(layer, pe[:, order]),
-                swapped=accuracy(layer, other) if fits else None,
+                name=names[place],
+                neighbor=None if neighbor is None else names[neighbor],
+                removed=change(place, None),
+                swapped=None if neighbor is None else change(place, pes[neighbor]),
+                **made,
             )
         )
     return found
+
+
+def replacements(pe: Tensor, prefix: int, seed: int = 0) -> dict[str, Tensor]:
+    """What takes the place of a PE: `mean`, `shuffled` and `noise` of Importance.
+
+    Args:
+        pe: `(1, rows, C)`.
+        prefix: number of rows before those of the patches; they stay as they are.
+        seed: of the permutation and the noise, which are the same at every place of a shape.
+    """
+    kept, patches = pe[:, :prefix], pe[:, prefix:]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(patches.shape[1], generator=generator).to(pe.device)
+    mean, std = patches.mean(dim=1, keepdim=True), patches.std(dim=1, correction=0, keepdim=True)
+    noise = torch.randn(patches.shape, generator=generator).to(pe)
+    noise = noise - noise.mean(dim=1, keepdim=True)
+    noise = noise / noise.std(dim=1, correction=0, keepdim=True).clamp(min=1e-12)  # a single patch has no deviation
+    made = {"mean": mean.expand_as(patches), "shuffled": patches[:, order], "noise": mean + std * noise}
+    return {name: torch.cat([kept, value], dim=1) for name, value in made.items()}
 
 
 @contextmanager
@@ -154,6 +205,14 @@ def resolutions(model: nn.Module, batches: CachedBatches) -> dict[int, float | N
         except (AssertionError, ValueError):  # the size is not a multiple of the windows or strides
             found[side] = None
     return found
+
+
+def _neighbor(pes: dict[int, Tensor], place: int) -> int | None:
+    """The next place, or else the previous one, whose PE has the same shape."""
+    places = list(pes)
+    at = places.index(place)
+    near = [*places[at + 1 : at + 2], *places[max(0, at - 1) : at]]
+    return next((other for other in near if pes[other].shape == pes[place].shape), None)
 
 
 def _get(delivered: DeliveredPE, layer: int) -> Tensor | None:
