@@ -177,9 +177,9 @@ def _read(root: Path, split: Split, *, strict: bool) -> _Found:
         good = findings.refuse("annotation", what, good, bad, file.ids)
     width, height = file.sizes[image].T
     left, top, right, bottom = *file.boxes[:, :2].T, *(file.boxes[:, :2] + file.boxes[:, 2:]).T
-    empty = (file.boxes[:, 2:] <= 0).any(axis=1)
+    empty = np.asarray((file.boxes[:, 2:] <= 0).any(axis=1))
     good = findings.leave_out("annotation", "has an empty box", good, empty)
-    outside = np.asarray((left >= width) | (top >= height) | (right <= 0) | (bottom <= 0))
+    outside = (left >= width) | (top >= height) | (right <= 0) | (bottom <= 0)
     good = findings.leave_out("annotation", "has a box outside its image", good, outside)
     if len(file.coordinates):
         drawing()  # said now, not by a worker
