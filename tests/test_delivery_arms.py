@@ -237,7 +237,7 @@ def test_a_random_table_takes_the_place_of_the_pe_at_the_last_norm() -> None:
 
 
 def test_a_random_table_is_drawn_as_a_pe_is() -> None:
-    """From torch's seeded generator, at DeiT's std; without one nothing is drawn, so other networks are as they were."""
+    """From torch's seeded generator, at DeiT's std; without one nothing is drawn, so other networks stay the same."""
     random = replace(MPVG, last_table="random")
     tables = []
     for seed in (1, 1, 2):

@@ -8,11 +8,12 @@ from typing import Any
 import matplotlib
 import pytest
 
-from mpvg.study import claims
+from mpvg.statistics import Interval
 from mpvg.study.claims import Cost, Evidence, claims_page, generated, paper_as_data, read_claims, read_results, verdict
-from mpvg.study.contrasts import Interval, Result
+from mpvg.study.contrasts import Result
 from mpvg.study.plan import Contrast, read_study, ready_studies
 from mpvg.study.results import SettingResult
+from mpvg.study.tables import write_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +112,7 @@ def test_the_pictures_are_those_of_the_ledgers(tmp_path: Path) -> None:
         if f"Matplotlib v{matplotlib.__version__}," not in (folder / "bars.svg").read_text("utf-8"):
             pytest.skip("another version of matplotlib draws other bytes")
         copy = Path(shutil.copytree(folder, tmp_path / folder.name))
-        claims.write_tables(copy)
+        write_tables(copy)
         for name in ("bars.svg", "table.html"):
             assert filecmp.cmp(copy / name, folder / name, shallow=False), folder / name
 

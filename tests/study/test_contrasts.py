@@ -10,6 +10,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind
 
+from mpvg.statistics import Interval
 from mpvg.study import contrasts
 from mpvg.study.contrasts import (
     Result,
@@ -178,7 +179,7 @@ def result(**changes: Any) -> Result:
         metric="nll",
         seeds=8,
         difference=0.1,
-        interval=contrasts.Interval(0.0, 0.2),
+        interval=Interval(0.0, 0.2),
         p=0.01,
         p_holm=0.01,
         margin=0.05,

@@ -228,7 +228,7 @@ def decidable(study: Study, sd: float, seeds: int, metric: str) -> str:
     tested = [contrast for contrast in study.contrasts if not is_control(study, contrast)]
     margin, level = study.margins[metric], ALPHA / max(1, len(tested))
     least = least_seeds(ALPHA, max(1, sum(_is_pair(contrast.weights) for contrast in tested)))
-    questions = [contrast.weights for contrast in tested] or [None]
+    questions: list[dict[str, float] | None] = [contrast.weights for contrast in tested] or [None]
     found_by = max(least, *(seeds_to_differ(sd, margin, weights, alpha=level) for weights in questions))
     excluded_by = max(seeds_to_exclude(sd, margin, weights) for weights in questions)
     enough = "enough" if seeds >= max(found_by, excluded_by) else "too few"
