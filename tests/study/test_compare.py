@@ -11,7 +11,7 @@ import pytest
 from mpvg import training
 from mpvg.cli.main import main
 from mpvg.recipes import recipe, scale_schedule
-from mpvg.study.compare import compare
+from mpvg.study.compare import _Given, _value, compare
 
 BASE = replace(scale_schedule(recipe("digits"), 1), batch_size=700, threads=1, device="cpu")
 
@@ -59,6 +59,12 @@ def test_a_number_can_be_what_differs(root: Path) -> None:
     results = compare(runs(root, "gap0", "gap1", "slow"))
     assert [arm.label for arm in results.settings[0].arms] == ["0.002", "0.001"]
     assert results.study.question == "What does lr change?"
+
+
+def test_long_values_that_differ_at_their_end_are_not_one_group() -> None:
+    rates = [{**{f"^layers.{number}$": 2.0 for number in range(40)}, "^norm$": factor} for factor in (1.0, 2.0)]
+    first, second = (_value(_Given(None, None, {"optim.rates": one}), "optim.rates") for one in rates)
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mpvg.study.ledger import Row, config_differences
 from mpvg.study.plan import Arm, Contrast, Setting, Study
 from mpvg.study.results import StudyResults, collect
 from mpvg.tasks import task_class
-from mpvg.validation import parse_json, shorten, shown, unknown_name
+from mpvg.validation import parse_json, shorten, unknown_name
 
 MARGIN, POINTS = 0.01, 0.005
 """The margin of a metric unless one is given, and that of a metric in percent."""
@@ -55,7 +55,10 @@ def compare(
     given = [_read(path) for path in paths]
     differing = _differing(given, allow)
     if len(differing) != 1:
-        what = ", ".join(f"{name} ({', '.join(values)})" for name, values in differing.items()) or "nothing but seeds"
+        what = (
+            ", ".join(f"{name} ({shorten(', '.join(values))})" for name, values in differing.items())
+            or "nothing but seeds"
+        )
         raise ValueError(
             f"the runs differ in {what}; compare runs that differ in one thing, or let the others differ with --allow"
         )
@@ -126,7 +129,7 @@ def _differing(given: Sequence[_Given], allow: Sequence[str]) -> dict[str, list[
 
 def _value(one: _Given, field: str) -> str:
     value = one.fields[field]
-    return value if isinstance(value, str) else shown(value)
+    return value if isinstance(value, str) else repr(value)
 
 
 def _check_conditions(given: Sequence[_Given], allow: Sequence[str]) -> None:
