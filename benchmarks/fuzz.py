@@ -24,6 +24,9 @@ sys.path.insert(0, str(ROOT / "tests" / "shared"))
 from fuzz_strategies import TARGETS, Target  # noqa: E402  as the tests use them
 from mpvg.runs.environment import environment  # noqa: E402
 
+MAX_LINE = 3000
+"""Characters of a line of a traceback that are kept; an example may have many more."""
+
 
 def main() -> int:
     """Tries, prints and writes."""
@@ -60,7 +63,7 @@ def attempt(target: Target, examples: int, number: int) -> dict[str, Any]:
     try:
         run()
     except Exception:
-        problem = traceback.format_exc()
+        problem = "".join(f"{line[:MAX_LINE]}\n" for line in traceback.format_exc().splitlines())
     return {"examples": tried, "seconds": time.process_time() - started, "problem": problem}
 
 

@@ -155,6 +155,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def named(name: str) -> str:
+    """A name of others as an error shows it: in one line of bounded length, without quotes."""
+    return shorten(printable(name))
+
+
 def unknown_name(what: str, name: str, known: Iterable[str], near: int = 3) -> str:
     """The error message for an unknown name: at most `near` similar names, and all known ones."""
     known = list(known)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpvg.data.archives import list_archives
 from mpvg.data.tar import read_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -156,3 +157,12 @@ def test_headers_that_lie_are_refused_before_anything_is_read(content: bytes, me
     (tmp_path / "some.tar").write_bytes(content + (bytes(1024) if content else b""))
     with pytest.raises(ValueError, match=message):
         list(read_tar(tmp_path / "some.tar"))
+
+
+@pytest.mark.parametrize("name", ["cat/a\nb/../0.png", "cat/" + "a" * 4000 + "/../0.png"])
+def test_a_name_is_one_short_line_in_a_message(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "train.tar", [(name, tarfile.REGTYPE, b"x")])
+    with pytest.raises(ValueError, match=r"leads out of its folder") as refused:
+        list_archives([tmp_path / "train.tar"], tmp_path, "train")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500

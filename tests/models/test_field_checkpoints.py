@@ -1,5 +1,6 @@
 """Files as people have them: other grids, entries, prefixes, extras and channels, each taken as it is or refused."""
 
+import json
 import logging
 import zipfile
 from collections.abc import Callable
@@ -504,6 +505,10 @@ def test_an_archive_of_augreg_loads(
             r"patches of \[8, 8\], the model 24 and \[16",
         ),
         (lambda a: a.update({"embedding/bias": np.array([Path()])}), r"Object arrays cannot be loaded"),
+        (
+            lambda a: a.update({"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel": np.ones(8)}),
+            r"is damaged: Dimension out of range",
+        ),
     ],
 )
 def test_an_archive_that_does_not_fit_is_refused(
@@ -584,3 +589,22 @@ def test_the_report_stays_with_the_network(tmp_path: Path, caplog: pytest.LogCap
         model: Any = create_model(NAME, "mpvg", checkpoint_path=path, **TINY)
     assert caplog.records[-1].getMessage() == str(model.load_report)
     assert str(model.load_report).startswith(f"{path}, entry net, names of timm: ")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ["x\ny", "x" * 5000])
+def test_a_name_in_a_file_is_one_short_line_in_a_message(name: str, suffix: str, tmp_path: Path) -> None:
+    """Of a tensor, of a set of weights that must be chosen, and in a header that is no header."""
+    model = ours()
+    state = model.state_dict()
+    for content in (state | {name: torch.ones(1)}, {f"{n}{name}": state for n in range(9)}, name):
+        path = tmp_path / f"a{suffix}"
+        if suffix == ".pth":
+            torch.save(content, path)
+        else:
+            header = json.dumps(name).encode()
+            path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=r"a\.(pth|safetensors)") as refused:
+            load_checkpoint(model, path)
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 2000

@@ -27,6 +27,7 @@ from mpvg.data.rules import (
 )
 from mpvg.data.tar import TarEntry, read_tar
 from mpvg.files import check_regular, open_regular
+from mpvg.validation import named, shown
 
 _NUMBERS = "classes.txt"
 _MAX_TEXT = 2**24
@@ -90,7 +91,7 @@ def list_archives(paths: Sequence[Path], root: Path, split: str) -> Found:
         raise ValueError(f"{where} hold no images ({', '.join(IMAGE_ENDINGS)}); fill or remove them")
     labels = {image.label for image in images}
     for empty in {name for content in contents for name in content.class_folders(prefix)} - labels:
-        raise ValueError(f"class folder {empty!r} in {where} has no images; fill it or remove it")
+        raise ValueError(f"class folder {shown(empty)} in {where} has no images; fill it or remove it")
     classes = tuple(in_class_order(labels))
     number = {label: index for index, label in enumerate(classes)}
     return Found(
@@ -142,8 +143,8 @@ class _Contents:
                 target = everything.get(_normalize(entry.target, path)[0])
                 if target is None:
                     raise ValueError(
-                        f"{entry.name} in {path} is a hard link to {entry.target}, which is not before it; "
-                        "make the tar file again with both, or with --hard-dereference"
+                        f"{named(entry.name)} in {path} is a hard link to {named(entry.target)}, which is not before "
+                        "it; make the tar file again with both, or with --hard-dereference"
                     )
                 entry = target._replace(name=entry.name)
             if entry.kind == "folder":
@@ -160,12 +161,12 @@ class _Contents:
         for name, entry in list(self.files.items()):
             if entry.kind == "symbolic link":
                 raise ValueError(
-                    f"{entry.name} in {self.path} is a symbolic link to {entry.target}, which is not followed; "
-                    "make the tar file again with --dereference (-h)"
+                    f"{named(entry.name)} in {self.path} is a symbolic link to {named(entry.target)}, which is not "
+                    "followed; make the tar file again with --dereference (-h)"
                 )
             image = is_image(name)
             if image and entry.kind != "file":
-                raise ValueError(f"{entry.name} in {self.path} is a pipe or a device, not a file; leave it out")
+                raise ValueError(f"{named(entry.name)} in {self.path} is a pipe or a device, not a file; leave it out")
             if not image:
                 if ending(name) == ".cls":
                     numbers[name.rpartition(".")[0]] = entry
@@ -186,7 +187,7 @@ class _Contents:
                 label, folder, file = self.numbers.get(name.rpartition(".")[0], ""), "", name
             if not file or (self.numbers and not label.isdecimal()):
                 raise ValueError(
-                    f"{entry.name} in {self.path} has no class: "
+                    f"{named(entry.name)} in {self.path} has no class: "
                     "give every image a .cls with a number, or put it into a folder"
                 )
             yield _Image(label, folder, file, archive, entry)
@@ -203,7 +204,9 @@ def _normalize(name: str, path: Path) -> tuple[str, bool]:
     """A member's path without `.` and empty parts, and whether it is left out."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise ValueError(f"{name} in {path} leads out of its folder; make the tar file again with `tar -C FOLDER`")
+        raise ValueError(
+            f"{named(name)} in {path} leads out of its folder; make the tar file again with `tar -C FOLDER`"
+        )
     return "/".join(parts), any(map(is_hidden, parts))
 
 
@@ -232,5 +235,5 @@ def _titles(root: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     last = max(map(int, classes))
     if last >= len(lines):
-        raise ValueError(f"{file} has {len(lines)} names, but there is a class {last}; add its line")
+        raise ValueError(f"{file} has {len(lines)} names, but there is a class {shown(last)}; add its line")
     return tuple(lines[int(label)] for label in classes)

@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mpvg.files import open_regular
+from mpvg.validation import shorten
 
 _LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
 IMAGE_ENDINGS = (*_LOSSY, ".png", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -88,7 +89,7 @@ def report_other_endings(split: str, where: object, endings: "Counter[str]") -> 
     """Says how many files are left out because of their endings."""
     if count := endings.total():
         what = "1 file of {} has another ending" if count == 1 else f"{count} files of {{}} have other endings"
-        found = ", ".join(ending or "no ending" for ending in sorted(endings))
+        found = shorten(", ".join(ending or "no ending" for ending in sorted(endings)))
         listed = ", ".join(IMAGE_ENDINGS)
         say_once(f"{what.format(split)}: {found}; left out of {where}, whose images end in {listed}")
 

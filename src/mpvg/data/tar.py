@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpvg.files import open_regular
+from mpvg.validation import named
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -72,7 +73,7 @@ def _entries(file: int, length: int) -> Iterator[TarEntry]:
         has_data = kind not in b"123456"
         position = start + (-(-size // BLOCK) * BLOCK if has_data else 0)
         if position > length:
-            raise _Damaged(f"it ends within {_name(block)}")
+            raise _Damaged(f"it ends within {named(_name(block))}")
     if extension:
         raise _Damaged(f"there is no header after the records before byte {position}")
     _check_end(file, position, length)
@@ -109,10 +110,10 @@ def _entry(block: bytes, kind: bytes, start: int, size: int, records: dict[str, 
     if "size" in records:
         text = records["size"]
         if not (text.isascii() and text.isdecimal() and len(text) < 19):
-            raise _Damaged(f"{name} has the size {text[:20]!r}")
+            raise _Damaged(f"{named(name)} has the size {text[:20]!r}")
         size = int(text)
     if kind == b"S" or any(key.startswith("GNU.sparse.") for key in records):
-        raise _Damaged(f"{name} is stored with holes, as by `tar --sparse`")
+        raise _Damaged(f"{named(name)} is stored with holes, as by `tar --sparse`")
     # In the oldest format folders have no type of their own.
     stored = "folder" if name.endswith("/") else "file"
     return TarEntry(

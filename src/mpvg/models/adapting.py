@@ -12,6 +12,8 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from mpvg.validation import named
+
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
@@ -147,7 +149,7 @@ class CheckpointAdapter:
         elif key in self.head:
             self.report.dropped[key] = "the model has no head"
         else:
-            self.problems.append(f"{key} has no place in the model")
+            self.problems.append(f"{named(key)} has no place in the model")
 
     def _adapt(self, key: str, given: Tensor, own: Tensor) -> Tensor | None:
         """A tensor of the file in the shape of the network's; None: it cannot be, which is then among the problems."""

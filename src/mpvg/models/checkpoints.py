@@ -19,6 +19,8 @@ from mpvg.models.entries import ENTRIES, Source, fitting, is_plain, shown
 from mpvg.models.layouts import RENAMED
 from mpvg.models.layouts import translate as translate
 from mpvg.models.numpy_weights import read_numpy
+from mpvg.validation import named
+from mpvg.validation import shown as quoted
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def read_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Te
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     for key, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path}: {key} has values that are not finite; use an earlier checkpoint")
+            raise ValueError(f"{path}: {named(key)} has values that are not finite; use an earlier checkpoint")
     return {RENAMED.get(key, key): tensor for key, tensor in tensors.items()}
 
 
@@ -140,7 +142,9 @@ def _split(path: str | Path) -> tuple[Path, str, Grid | None]:
         elif found := re.fullmatch(r"grid=([1-9]\d{0,5})x([1-9]\d{0,5})", choice):
             grid = int(found[1]), int(found[2])
         else:
-            raise ValueError(f"{choice!r} after {name}:: is not a grid; give rows and columns, such as grid=14x14")
+            raise ValueError(
+                f"{quoted(choice)} after {name}:: is not a grid; give rows and columns, such as grid=14x14"
+            )
     return Path(name), entry, grid
 
 
@@ -163,10 +167,11 @@ def _read(path: Path, content: bytes | None) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a .safetensors file ({error}); use another checkpoint") from error
+        reason = named(str(error))
+        raise ValueError(f"{path} is damaged or not a .safetensors file ({reason}); use another checkpoint") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it needs {found[1]}" if found else "it is not a plain checkpoint"
+        what = f"it needs {named(found[1])}" if found else "it is not a plain checkpoint"
         raise ValueError(
             f"{path} is refused, and no code in it was run: {what}, but only tensors, numbers and text are read. "
             "If you trust its origin, save only its tensors from the program that wrote it: "
@@ -190,7 +195,7 @@ def _weights(found: Any, path: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if not isinstance(key, str) or not is_plain(value):
             raise ValueError(
-                f"{path} does not contain weights: its entry {key!r} is a {type(value).__name__}; "
+                f"{path} does not contain weights: its entry {quoted(key)} is a {type(value).__name__}; "
                 f"expected a state_dict, by itself or as one of {', '.join(ENTRIES)}"
             )
     return dict(found)
@@ -209,7 +214,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     tensors = read_tensors(path)
     wanted = model.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in tensors]
-    problems += [f"{key} has no place in the model" for key in tensors if key not in wanted]
+    problems += [f"{named(key)} has no place in the model" for key in tensors if key not in wanted]
     problems += [
         f"{key} is {tuple(tensors[key].shape)}, the model's is {tuple(value.shape)}"
         for key, value in wanted.items()

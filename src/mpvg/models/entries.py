@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mpvg.models.adapting import CheckpointAdapter, Grid, LoadReport
 from mpvg.models.layouts import Translated, translate_for
+from mpvg.validation import named
+from mpvg.validation import shown as quoted
 
 ENTRIES = ("state_dict_ema", "state_dict", "model", "model_ema")
 """Entries of a file in which training scripts save the weights, in order of preference: T2T-ViT and timm evaluate the
@@ -104,9 +106,10 @@ def _preferred(path: Path, fits: list[_Candidate]) -> int:
     if set(entries) <= set(ENTRIES) and len(set(entries)) == len(entries):
         return entries.index(next(entry for entry in ENTRIES if entry in entries))
     names = sorted(candidate.name for candidate in fits)
+    listed = shown([named(name) or "the file itself" for name in names], ", ")
     raise ValueError(
-        f"{path} has {len(fits)} sets of weights that fit: {', '.join(name or 'the file itself' for name in names)}; "
-        f"choose one as FILE::ENTRY, such as {path}::{names[-1]}"
+        f"{path} has {len(fits)} sets of weights that fit: {listed}; "
+        f"choose one as FILE::ENTRY, such as {path}::{named(names[-1])}"
     )
 
 
@@ -146,8 +149,10 @@ def _candidates(source: Source, model: nn.Module) -> list[_Candidate]:
     enough = [candidate for candidate in found if 2 * candidate.score >= len(required)]
     chosen = [candidate for candidate in found if f"{candidate.name}.".startswith(source.entry and f"{source.entry}.")]
     if not chosen:
-        names = ", ".join(sorted(candidate.name or "the file itself" for candidate in enough)) or "none"
-        raise ValueError(f"{source.path} has no entry {source.entry!r}; entries with weights of this network: {names}")
+        names = shown(sorted(named(candidate.name) or "the file itself" for candidate in enough), ", ") or "none"
+        raise ValueError(
+            f"{source.path} has no entry {quoted(source.entry)}; entries with weights of this network: {names}"
+        )
     best = max(chosen, key=lambda candidate: (candidate.score, len(candidate.translated.tensors)))
     return [candidate for candidate in enough if candidate in chosen] or [best]
 
@@ -175,6 +180,6 @@ def _prefixes(names: Mapping[str, Tensor], least: int) -> list[str]:
     return ["", *(prefix for prefix, count in counts.items() if count >= max(least, 1))]
 
 
-def shown(problems: Sequence[str]) -> str:
+def shown(problems: Sequence[str], between: str = "; ") -> str:
     """The first few problems, and how many there are besides."""
-    return "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+    return between.join([*problems[:4], *([f"and {len(problems) - 4} more"] if len(problems) > 4 else [])])
