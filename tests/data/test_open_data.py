@@ -275,8 +275,8 @@ def test_unknown_name_suggests_the_nearest(make_config: Callable[..., RunConfig]
         open_data(make_config("qqqqqq"), Shard(CPU))
 
 
-def test_the_four_names() -> None:
-    assert DATASETS == ("digits", "fashion-mnist", "cifar10", "cifar100")
+def test_the_names() -> None:
+    assert DATASETS == ("digits", "fashion-mnist", "cifar10", "cifar100", "cells", "cells-garments")
 
 
 def test_derived_seeds_differ() -> None:

@@ -8,37 +8,22 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from mpvg.data.cells import Cells
 from mpvg.data.inert_pickle import InertArray, load_inert
 from mpvg.data.rules import open_bounded, read_bounded
-from mpvg.data.types import Split
+from mpvg.data.types import Contents, Split, Tensors
 
 CACHE = Path("~/.cache/mpvg")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 Bytes = npt.NDArray[np.uint8]
 FileNames = tuple[str, ...]
-
-
-class Tensors(NamedTuple):
-    """Images (N, C, H, W), uint8, and targets (N,), int64."""
-
-    images: Tensor
-    targets: Tensor
-
-
-class Contents(NamedTuple):
-    """The splits of a data set that were asked for, and the names of its classes."""
-
-    class_names: tuple[str, ...]
-    train: Tensors | None = None
-    val: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,8 @@ class NamedSet:
     """Reads some splits from a folder, or from the usual places."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    place_is_class: bool = False
+    """Whether augmentation that moves what is in an image would change its class."""
 
 
 def read_digits(root: str | None, splits: Sequence[Split]) -> Contents:
@@ -218,8 +205,13 @@ NAMED_SETS = {
     "fashion-mnist": NamedSet(read_fashion_mnist, (0.2860,), (0.3530,)),
     "cifar10": NamedSet(_CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": NamedSet(_CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cells": NamedSet(Cells(read_digits, wanted=0), (0.3052,), (0.3766,), place_is_class=True),
+    "cells-garments": NamedSet(
+        Cells(read_fashion_mnist, wanted=8, shrink=2), (0.2833,), (0.3292,), place_is_class=True
+    ),
 }
 DATASETS = tuple(NAMED_SETS)
+"""Names of the embedded sets, and of those that are made from them."""
 
 
 def _download(dataset: str) -> str:
