@@ -35,6 +35,7 @@ SPECIAL = {
     "momentum": st.floats(0, 0.99),
     "val_share": st.floats(0, 0.99),
     "crop_pct": st.floats(0.1, 1),
+    "imbalance": st.floats(1, 1e6),
     "rates": st.dictionaries(text, positive, max_size=2),
 }
 BY_TYPE = {

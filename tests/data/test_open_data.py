@@ -276,7 +276,8 @@ def test_unknown_name_suggests_the_nearest(make_config: Callable[..., RunConfig]
 
 
 def test_the_names() -> None:
-    assert DATASETS == ("digits", "fashion-mnist", "cifar10", "cifar100", "canvas-tiles", "canvas-tiles-garments")
+    names = "digits fashion-mnist cifar10 cifar100 canvas-tiles canvas-tiles-garments cells cells-garments"
+    assert " ".join(DATASETS) == names
 
 
 def test_derived_seeds_differ() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mpvg import create_model, runs
 from mpvg.config import RunConfig
+from mpvg.data import cells
 from mpvg.recipes import RECIPES, recipe
 from mpvg.training import train
 
@@ -27,7 +28,7 @@ def write_digits(root: Path) -> Path:
 def write_fashion_mnist(root: Path) -> Path:
     for stem, size in (("train", 16), ("t10k", 5)):
         images = struct.pack(">4I", 0x803, size, 28, 28) + RNG.bytes(size * 28 * 28)
-        labels = struct.pack(">2I", 0x801, size) + bytes(RNG.integers(0, 10, size, dtype=np.uint8))
+        labels = struct.pack(">2I", 0x801, size) + bytes([8, *RNG.integers(0, 10, size - 1, dtype=np.uint8)])  # a bag
         (root / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
         (root / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
     return root
@@ -67,6 +68,8 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "fashion-mnist": write_fashion_mnist,
     "cifar10": write_cifar10,
     "cifar100": write_cifar100,
+    "cells": write_digits,
+    "cells-garments": write_fashion_mnist,
     "folder": write_folder,
     "finetune": write_folder,
     "deit_tiny": write_folder,
@@ -88,7 +91,8 @@ def test_every_recipe_has_its_files_here() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
+def test_a_recipe_trains_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "SIZES", {"train": 16, "val": 16})
     root = LAYOUTS[name](tmp_path)
     config = recipe(name, str(root) if name in FOLDERS else None)
     with torch.device("meta"):
@@ -120,7 +124,7 @@ def test_a_recipe_trains_a_step(name: str, tmp_path: Path) -> None:
 
 
 def test_a_data_set_finds_its_own_recipe_and_a_folder_the_one_for_folders() -> None:
-    for name in ("digits", "fashion-mnist", "cifar10", "cifar100", "folder"):
+    for name in ("digits", "fashion-mnist", "cifar10", "cifar100", "cells", "cells-garments", "folder"):
         assert recipe(None, name) == recipe(name) == RECIPES[name]()
     assert recipe() == RECIPES["digits"]()
     assert recipe(None, "finetune") == replace(RECIPES["folder"](), data="finetune")  # a folder of this name

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from mpvg.analysis.findings import AnalyzedRun, RunsByConfig, layer_names
 from mpvg.analysis.probe import LAST, SampleImage
 from mpvg.analysis.sensitivity import KINDS, Sensitivity
-from mpvg.data import DataInfo
+from mpvg.data import DataInfo, denormalize
 
 IMAGES_IN_FIG7 = 3
 """Number of sample images in the file of Fig. 7; the page has all of them."""
@@ -41,8 +41,7 @@ def draw(groups: RunsByConfig, folder: Path) -> dict[str, Path]:
 
 def to_rgb(sample: SampleImage, info: DataInfo) -> NDArray[Any]:
     """The pixels of a sample image without the normalization, `(H, W, 3)` in [0, 1]."""
-    mean, std = (np.asarray(values)[:, None, None] for values in (info.mean, info.std))
-    pixels = np.clip(sample.image.numpy() * std + mean, 0, 1).transpose(1, 2, 0)
+    pixels = denormalize(sample.image, info).clamp(0, 1).permute(1, 2, 0).numpy()
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpvg import statistics
-from mpvg.data import DataInfo
+from mpvg.data import DataInfo, denormalize
 from mpvg.models.network import DeliveredNetwork, delivered_network
 from mpvg.statistics import GroupedMean
 
@@ -244,6 +244,5 @@ def _object_masks(images: Tensor, info: DataInfo, patches: int) -> Tensor | None
     if info.name not in BLACK_BACKGROUND:
         return None
     side = round(patches**0.5)
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (info.mean, info.std))
-    bright = ((images * std + mean).amax(dim=1) > 0.5 / 255).float()
+    bright = (denormalize(images, info).amax(dim=1) > 0.5 / 255).float()
     return F.adaptive_avg_pool2d(bright, side).flatten(1).cpu() >= 0.5

@@ -27,6 +27,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "task_options": {},
     "val_share": 0.0,
     "orientation": "stored",
+    "imbalance": 1.0,
+    "subtract_mean": False,
     "optim.rates": {},
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
@@ -54,6 +56,10 @@ class RunConfig:
     """Image files without a validation set: share of each class that is held out as one, by hashes of names; 0: off."""
     orientation: Literal["exif", "stored"] = "exif"
     """Images from files: exif turns them upright, as their EXIF data say; stored does not, as torchvision and timm."""
+    imbalance: float = 1.0
+    """Named sets: training images of the first class for one of the last, in a geometric series between; 1: all."""
+    subtract_mean: bool = False
+    """Named sets: whether the mean image of the training set is subtracted from every image."""
     epochs: int
     """Passes over the training set."""
     batch_size: int
@@ -98,6 +104,7 @@ class RunConfig:
         check("lr", self.lr, self.lr > 0, "a number > 0")
         check("seed", self.seed, 0 <= self.seed < 2**31, "a whole number in [0, 2^31)")
         check("val_share", self.val_share, 0 <= self.val_share < 1, "a number in [0, 1)")
+        check("imbalance", self.imbalance, 1 <= self.imbalance <= 1e6, "a number >= 1, <= 1,000,000")
         check("threads", self.threads, self.threads is None or 0 < self.threads <= 4096, "a whole number >= 1, <= 4096")
         check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "a whole number >= 1")
         check("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")

@@ -8,6 +8,7 @@ from mpvg.data.factory import register_format as register_format
 from mpvg.data.images import read_image as read_image
 from mpvg.data.listing import Listing as Listing
 from mpvg.data.named_sets import DATASETS as DATASETS
+from mpvg.data.tensors import denormalize as denormalize
 from mpvg.data.transforms import image_pipeline as image_pipeline
 from mpvg.data.transforms import make_preprocess as make_preprocess
 from mpvg.data.types import Batches as Batches

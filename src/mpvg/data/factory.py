@@ -58,6 +58,11 @@ def open_listing(config: RunConfig, splits: Sequence[Split] = SPLITS, class_name
     format = _format(config.data)
     if config.val_share and "train" in splits and format not in _SPLITTABLE:
         raise ValueError(f"val_share is {config.val_share}, but data {config.data!r} {NO_SHARE}")
+    if "train" in splits and format is not tensors.open_named:
+        for name, off in (("imbalance", 1.0), ("subtract_mean", False)):
+            if (value := getattr(config, name)) != off:
+                sets = ", ".join(DATASETS)
+                raise ValueError(f"{name} is {value}, but data {config.data!r} is no named set; allowed for: {sets}")
     with _no_garbage_collection():
         return format(config, splits, class_names)
 
@@ -104,6 +109,7 @@ def describe(config: RunConfig, listing: Listing) -> DataInfo:
         std=network.std or listing.std,
         crop_pct=network.crop_pct,
         pipeline=config.augment.pipeline,
+        mean_image=listing.mean_image,
         train_size=len(listing.train) if listing.train is not None else 0,
         val_size=len(listing.val) if listing.val is not None else 0,
         train_hash=listing.inventories["train"].hash if "train" in listing.inventories else None,

@@ -40,6 +40,8 @@ class Listing:
     """Channel means, for values in [0, 1]."""
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     """Channel standard deviations."""
+    mean_image: tuple[float, ...] | None = None
+    """What `subtract_mean` subtracts from every image, `(C, S, S)` flattened, in [0, 255]; None: nothing or unknown."""
     inventories: Mapping[Split, Inventory] = field(default_factory=dict)
     """Names, sizes and targets of the samples; a format that gives none cannot tell whether its data were changed."""
 

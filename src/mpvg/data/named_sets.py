@@ -9,40 +9,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
 
 from mpvg.data.canvas_files import TILES, made_once, read_tiles, write_tiles
 from mpvg.data.canvas_scenes import Sources
+from mpvg.data.cells import Cells
 from mpvg.data.inert_pickle import InertArray, load_inert
 from mpvg.data.rules import open_bounded, read_bounded
-from mpvg.data.types import Split
+from mpvg.data.types import Contents, Split, Tensors
 
 CACHE = Path("~/.cache/mpvg")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 Bytes = npt.NDArray[np.uint8]
 FileNames = tuple[str, ...]
-
-
-class Tensors(NamedTuple):
-    """Images (N, C, H, W), uint8, and targets (N,), int64."""
-
-    images: Tensor
-    targets: Tensor
-
-
-class Contents(NamedTuple):
-    """The splits of a data set that were asked for, and the names of its classes."""
-
-    class_names: tuple[str, ...]
-    train: Tensors | None = None
-    val: Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,8 @@ class NamedSet:
     """Reads some splits from a folder, or from the usual places."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    place_is_class: bool = False
+    """Whether augmentation that moves what is in an image would change its class."""
 
 
 def read_digits(root: str | None, splits: Sequence[Split]) -> Contents:
@@ -276,8 +263,13 @@ NAMED_SETS = {
     # Normalized as the scenes are, for which these networks are trained.
     "canvas-tiles": NamedSet(CanvasTiles(""), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "canvas-tiles-garments": NamedSet(CanvasTiles("garments"), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "cells": NamedSet(Cells(read_digits, wanted=0), (0.3052,), (0.3766,), place_is_class=True),
+    "cells-garments": NamedSet(
+        Cells(read_fashion_mnist, wanted=8, shrink=2), (0.2833,), (0.3292,), place_is_class=True
+    ),
 }
 DATASETS = tuple(NAMED_SETS)
+"""Names of the embedded sets, and of those that are made from them."""
 
 
 def _download(dataset: str) -> str:

@@ -15,7 +15,7 @@ from mpvg.data import tensors
 from mpvg.data.fast_pipeline import fast_pipeline
 from mpvg.data.images import read_image, to_8bit
 from mpvg.data.loader import collate_images
-from mpvg.data.named_sets import DATASETS
+from mpvg.data.named_sets import DATASETS, NAMED_SETS
 from mpvg.data.types import DataInfo, DevicePipeline, Pipeline, Preprocess, Sample, Split
 
 
@@ -32,10 +32,17 @@ def image_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torc
             "allowed for it: 'auto', 'timm'"
         )
     on_device = named and chosen == "auto"
+    if named and NAMED_SETS[info.name].place_is_class:
+        _check_places(config.augment, info.name)
     if info.in_chans != 3 and not on_device:
         cure = "leave it out" if named else "its format needs a pipeline of its own"
         raise ValueError(
             f"augment.pipeline is {chosen!r}, whose transforms are for color images; {info.name} is gray: {cure}"
+        )
+    if info.mean_image is not None and not on_device:
+        raise ValueError(
+            f"the mean image is subtracted from the images of a named set on the device, and those of {info.name} go "
+            f"through augment.pipeline {chosen!r}; give a named set and 'auto', or leave subtract_mean out"
         )
     if on_device:
         return tensors.device_pipeline(config, info, split, device)
@@ -44,6 +51,16 @@ def image_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torc
     transform = make_preprocess(info) if split == "val" else train_transform(config.augment, info)
     decode = None if named else partial(read_image, orientation=config.orientation)
     return Pipeline(TransformImage(transform), collate_images, decode=decode)
+
+
+def _check_places(augment: AugmentConfig, name: str) -> None:
+    """Refuses augmentation that moves what is in an image, for a set in which the place is the class."""
+    for field, off in (("crop_padding", 0), ("hflip", 0.0), ("auto_augment", None)):
+        if (value := getattr(augment, field)) != off:
+            raise ValueError(
+                f"augment.{field} is {value!r}, which moves what is in an image, and in {name} the place is the class; "
+                "leave it out"
+            )
 
 
 def make_preprocess(info: DataInfo) -> Preprocess:

@@ -4,6 +4,7 @@ A format (`register_format`) lists a data set's files and gives a `Source` per s
 a source into batches; `open_split` joins the two, with one order, one way of seeding and one handling of failures.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -49,6 +50,21 @@ class Source(Protocol):
 
     def read(self, index: int) -> Sample:
         """Reads a sample; raises whatever its decoder raises."""
+
+
+class Tensors(NamedTuple):
+    """Images (N, C, H, W), uint8, and targets (N,), int64."""
+
+    images: Tensor
+    targets: Tensor
+
+
+class Contents(NamedTuple):
+    """The splits of a named set that were asked for, and the names of its classes."""
+
+    class_names: tuple[str, ...]
+    train: Tensors | None = None
+    val: Tensors | None = None
 
 
 class Batch(Protocol):
@@ -171,6 +187,8 @@ class DataInfo:
     """Images from files, evaluation: side of the center crop divided by the shorter side of the resized image."""
     pipeline: str = "auto"
     """The run's `augment.pipeline`."""
+    mean_image: tuple[float, ...] | None = None
+    """Mean image of the training set that is subtracted from every image, `(C, S, S)` flattened, in [0, 255]."""
     train_hash: str | None = field(default=None, compare=False)
     """Hash of names, sizes and targets of the training samples; None: unknown, as in runs made before it existed."""
     val_hash: str | None = field(default=None, compare=False)
@@ -186,6 +204,10 @@ class DataInfo:
                 raise ValueError(
                     f"network.{name} is {value}; allowed for {self.name}: {self.in_chans} number(s), one per channel"
                 )
+        if self.mean_image is not None:
+            side = math.isqrt(len(self.mean_image) // self.in_chans)
+            if not side or len(self.mean_image) != self.in_chans * side * side:
+                raise ValueError(f"mean_image has {len(self.mean_image)} numbers; allowed: {self.in_chans} x S x S")
 
     @property
     def num_classes(self) -> int:
