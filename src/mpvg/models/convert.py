@@ -15,8 +15,9 @@ from torch import nn
 
 from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
 from mpvg.models.checkpoints import load_source, read_source
+from mpvg.models.network import POS_STD
 from mpvg.models.registry import IMAGENET, check_divisible, register_builder
-from mpvg.models.vision_transformer import POS_STD, DeliveredBlock, DeliveredVisionTransformer
+from mpvg.models.vision_transformer import DeliveredBlock, DeliveredVisionTransformer
 from mpvg.validation import unknown_name
 
 _log = logging.getLogger(__name__)

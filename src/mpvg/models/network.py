@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliveredPE, DeliverySpec
 from mpvg.models.probing import Probe
 
+POS_STD = 0.02
+"""Initial standard deviation of an absolute PE, and of DeiT's class token (facebookresearch/deit, timm 0.3.2;
+microsoft/Swin-Transformer)."""
+
 
 class Delivery(Protocol):
     """`model.delivery`: a PositionDelivery, one per stage (Swin), or the constants of a folded network."""

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models.adapting import LoadReport
 from mpvg.models.layouts import Layout
+from mpvg.models.network import POS_STD
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
 from mpvg.models.staged import StagedDelivery
-
-POS_STD = 0.02
-"""Initial standard deviation of Swin's absolute PE (microsoft/Swin-Transformer)."""
 
 
 class DeliveredSwinBlock(SwinTransformerBlock):

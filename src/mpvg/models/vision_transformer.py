@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
 from mpvg.models.adapting import LoadReport
 from mpvg.models.layouts import Layout
+from mpvg.models.network import POS_STD
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible
 
 AttentionLike = Callable[..., Tensor]
 """What a layer may run in place of its attention, with the same arguments."""
-POS_STD = 0.02
-"""Initial standard deviation of DeiT's PE and class token (facebookresearch/deit, timm 0.3.2)."""
 
 
 class DeliveredBlock(Block):
