@@ -1,6 +1,5 @@
 """The command `mpvg`, as a user types it."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from PIL import Image
 from mpvg import runs
 from mpvg.cli.main import VERBS, main
 from mpvg.data import ImageBatch
-from mpvg.delivery import METHODS
+from mpvg.delivery import METHODS, DeliverySpec
 from mpvg.recipes import recipe
 from mpvg.tasks.classification import ClassificationTask
 
@@ -235,7 +234,13 @@ def test_methods_lists_all_with_their_fields(capsys: pytest.CaptureFixture[str])
     assert main(["methods"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip(" ─")]
     assert rows[0] == ["method", "pool", "input_pe", "first_layer", "hierarchical", "last_index"]
-    assert rows[1:] == [[name, *map(str, dataclasses.asdict(spec).values())] for name, spec in METHODS.items()]
+    fields = rows[0][1:]
+    assert rows[1:] == [[name, *(str(getattr(spec, field)) for field in fields)] for name, spec in METHODS.items()]
+    shown = [dict(zip(fields, row[1:], strict=True)) for row in rows[1:]]
+    assert all(set(spec.to_dict()) <= set(fields) for spec in METHODS.values()), (
+        "a method has a field that is not shown"
+    )
+    assert len({str(row) for row in shown}) == 14
     assert len(rows) == 1 + 14
 
 
@@ -305,7 +310,7 @@ def test_an_own_method_survives_the_folder_and_a_reload(tmp_path: Path) -> None:
         run = runs.load(out)
         assert run.config.method == own
         model: Any = run.model()
-        assert dataclasses.asdict(model.delivery.spec) == own
+        assert model.delivery.spec == DeliverySpec(**own)
         logits.append(model(images))
     assert torch.equal(*logits)
 

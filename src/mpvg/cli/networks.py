@@ -82,11 +82,16 @@ def methods(arguments: list[str]) -> int:
 
     from mpvg.delivery import METHODS, DeliverySpec
 
+    specs = {name: dataclasses.asdict(spec) for name, spec in METHODS.items()}
+    # The fields of the experiments' arms are the same in all methods.
+    differing = [
+        field.name for field in dataclasses.fields(DeliverySpec) if len({s[field.name] for s in specs.values()}) > 1
+    ]
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("method", *(field.name for field in dataclasses.fields(DeliverySpec))):
+    for column in ("method", *differing):
         table.add_column(column)
-    for name, spec in METHODS.items():
-        table.add_row(name, *map(str, dataclasses.astuple(spec)))
+    for name, spec in specs.items():
+        table.add_row(name, *(str(spec[field]) for field in differing))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     return 0
 

@@ -153,9 +153,8 @@ class DeliveredVisionTransformer(VisionTransformer):
         if self.spec.pool == "token" and self.no_embed_class:
             raise ValueError("start_beta is True, but the class token has no row in the PE; leave it out")
         # Not self.pool: it may be attention, whose result for a PE alone would not be what the PE adds.
-        start = self.delivery.start(self.pos_embed)
-        with_prefix = self.pool_include_prefix
-        self.norm.bias.add_(global_pool_nlc(start, self.spec.pool, self.num_prefix_tokens, with_prefix)[0])
+        start, prefix = self.delivery.start(self.pos_embed), self.num_prefix_tokens
+        self.norm.bias.add_(global_pool_nlc(start, self.spec.pool, prefix, self.pool_include_prefix)[0])
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initializes as DeiT does: timm's scheme, with the class token at std 0.02."""
