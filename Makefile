@@ -2,13 +2,12 @@
 
 PYTHON ?= python3
 DATA ?= digits
-OUT ?= demo
 PYTEST_ARGS ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint format mutants demo clean
+.PHONY: help setup test lint format mutants demo study results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,8 +31,17 @@ format: $(STAMP) ## rewrite the code in the one format
 mutants: $(STAMP) ## put plausible bugs into copies of the package: each must make a test fail
 	$(VENV)/bin/python tests/mutations.py
 
+demo: OUT ?= demo
 demo: $(STAMP) ## train and compare on data that needs no download: DATA=digits OUT=demo
 	$(VENV)/bin/mpvg demo --data $(DATA) --out $(OUT)
+
+study: OUT ?= studies
+study: $(STAMP) ## Tables 1 and 6 on digits, 5 seeds each: OUT=studies
+	$(VENV)/bin/mpvg study table1 --scale tiny --seeds 5 --out $(OUT)/table1-tiny
+	$(VENV)/bin/mpvg study table6 --scale tiny --seeds 5 --out $(OUT)/table6-tiny
+
+results: $(STAMP) ## rewrite what is generated from the ledgers in results/: tables, docs/claims.md, README
+	$(VENV)/bin/python -m mpvg.study.claims
 
 clean: ## remove caches and build products; .venv, runs and demo stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

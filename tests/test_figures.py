@@ -183,3 +183,25 @@ assert "matplotlib.pyplot" not in sys.modules
     file = tmp_path / "lines.png"
     subprocess.run([sys.executable, "-W", "error", "-c", code, file], check=True)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        drawn = figures.lines({"x": [[1, 2, 3], [2, 3, 5]], "y": [[0, 1, 0]]}, "title", "epoch", "accuracy", first=1)
+        figures.save(drawn, tmp_path / f"{name}.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    text = (tmp_path / "a.svg").read_text()
+    assert all(f">{word}<" in text for word in ("title", "epoch", "accuracy", "x", "y"))
+
+
+def test_repetitions_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        figures.lines({"x": [[1, 2, 3], [2, 3]]}, "title", "epoch", "accuracy")
+
+
+def test_a_line_shows_the_mean_and_the_range() -> None:
+    drawn = figures.lines({"x": [[1, 2], [3, 6]]}, "t", "x", "y", first=1)
+    axes = drawn.axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 2], [2, 4]]
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band.tolist()} == {(1, 1), (2, 2), (2, 6), (1, 3)}

@@ -45,7 +45,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-def _with_settings(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def with_settings(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Lets a function draw or save with `_SETTINGS`; the caller's settings are restored afterwards."""
 
     @wraps(function)
@@ -56,7 +56,7 @@ def _with_settings(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
     return wrapper
 
 
-@_with_settings
+@with_settings
 def lines(
     curves: Curves,
     title: str,
@@ -210,7 +210,7 @@ class Panel(NamedTuple):
     """Whether this PE is delivered to the layer; otherwise it is the raw PE."""
 
 
-@_with_settings
+@with_settings
 def heatmaps(panels: Sequence[Panel], title: str) -> Figure:
     """Draws the tokens of every layer and its PE below them, patches by channels (Figs. 2 and 8); one scale per row."""
     figure = Figure(figsize=(1.25 * len(panels) + 1.2, 4.4), layout="constrained")
@@ -231,7 +231,7 @@ def heatmaps(panels: Sequence[Panel], title: str) -> Figure:
     return figure
 
 
-@_with_settings
+@with_settings
 def norm_maps(rows: Sequence[tuple[str, ArrayLike, Mapping[str, NDArray[Any]]]], title: str) -> Figure:
     """Draws images, and the norm of every token over them (Fig. 7); all rows share one scale for each kind of norm.
 
@@ -261,7 +261,7 @@ def norm_maps(rows: Sequence[tuple[str, ArrayLike, Mapping[str, NDArray[Any]]]],
     return figure
 
 
-@_with_settings
+@with_settings
 def side_by_side(
     panels: Mapping[str, Curves],
     x: str,
@@ -302,7 +302,7 @@ def side_by_side(
     return figure
 
 
-@_with_settings
+@with_settings
 def delivery_diagram(rows: Sequence[tuple[str, str]], readout: str, title: str, path: Path) -> None:
     """Draws the network as a column of boxes, bottom up, and next to each box the PE that it receives (Fig. 3).
 
@@ -337,7 +337,7 @@ def delivery_diagram(rows: Sequence[tuple[str, str]], readout: str, title: str, 
     save(figure, path)
 
 
-@_with_settings
+@with_settings
 def save(figure: Figure, *paths: Path) -> None:
     """Writes a figure to files, whose suffixes determine the format; the same numbers always give the same bytes."""
     for path in paths:

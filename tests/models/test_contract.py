@@ -7,6 +7,7 @@ import operator
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from mpvg.analysis.networks import SUPPORTED, Support, support_table
-from mpvg.delivery import METHODS
+from mpvg.delivery import METHODS, DeliverySpec
 from mpvg.models import create_model, load_checkpoint, model_names
 from mpvg.models.fold import fold
 from mpvg.models.network import DeliveredNetwork, delivered_network
@@ -39,10 +40,22 @@ SMALL: dict[str, dict[str, Any]] = {
     "timm's, the method's read-out": PLAIN,
 }
 OTHER_SIZE = {"ViT-Lite": (12, 16)}
+PVG, MPVG = METHODS["pvg"], METHODS["mpvg"]
+ARMS = {
+    "mean": replace(PVG, part="mean"),
+    "rest": replace(MPVG, part="rest", last_part="permuted"),
+    "permuted": replace(MPVG, part="permuted", last_part="mean"),
+    "random": replace(MPVG, last_table="random", last_gain=0.25),
+    "detached": replace(MPVG, last_detach=True, gain=0.02),
+    "started": replace(PVG, start_beta=True),
+}
+"""Methods that the paper does not have, with every field that a spec has beyond the paper's."""
 CELLS = [(column, method) for column in SUPPORTED for method in METHODS]
 every_cell = pytest.mark.parametrize(("column", "method"), CELLS)
 KINDS = ["default", "lape_gap", "pvg", "mpvg", "mpvg_flat", "gap_last0"]
 every_kind = pytest.mark.parametrize(("column", "method"), [(c, m) for c in SUPPORTED for m in KINDS])
+every_kind_and_arm = pytest.mark.parametrize(("column", "method"), [(c, m) for c in SUPPORTED for m in [*KINDS, *ARMS]])
+every_cell_and_arm = pytest.mark.parametrize(("column", "method"), CELLS + [(c, m) for c in SUPPORTED for m in ARMS])
 every_network = pytest.mark.parametrize("column", SUPPORTED)
 
 
@@ -51,16 +64,21 @@ def table() -> dict[str, dict[str, Support]]:
     return support_table()
 
 
+def spec_of(method: str) -> DeliverySpec:
+    return ARMS.get(method) or METHODS[method]
+
+
 def sizes(column: str, method: str) -> dict[str, Any]:
     """Of three layers, unless the method needs the family's own depth."""
-    shallow = column != "Swin" and (METHODS[method].last_index or 0) < 3
+    shallow = column != "Swin" and (spec_of(method).last_index or 0) < 3
     return SMALL[column] | ({"depth": 3} if shallow else {})
 
 
 def build(column: str, method: str, **kwargs: Any) -> nn.Module:
     """The column's network, reduced, in float64, in which no parameter is where it starts."""
     name, arguments = SUPPORTED[column]
-    model = create_model(name, method, num_classes=5, **arguments, **sizes(column, method) | kwargs).double().eval()
+    options = arguments | sizes(column, method) | kwargs
+    model = create_model(name, spec_of(method), num_classes=5, **options).double().eval()
     with torch.no_grad():
         for part, parameter in model.named_parameters():
             if not part.startswith("patch_embed.attention"):  # the exponentials of T2T's performers would saturate
@@ -74,7 +92,7 @@ def images(column: str, size: tuple[int, int] | None = None) -> Tensor:
 
 def supported(column: str, method: str) -> bool:
     """Whether a cell runs; the others are tested as refusals."""
-    return table()[method][column].refused is None
+    return method in ARMS or table()[method][column].refused is None
 
 
 def test_every_registered_family_has_a_column() -> None:
@@ -118,10 +136,11 @@ def build_spec(column: str, method: str) -> Any:
     return build(column, method).spec
 
 
-@every_cell
+@every_cell_and_arm
 def test_every_parameter_that_asks_for_a_gradient_gets_one(column: str, method: str) -> None:
     """With the PE delivered, no LN' idles; LeFF's constants before a BatchNorm, and the last LeFF behind a class token
-    that passes it by, are CeiT's own exceptions, which its tests state.
+    that passes it by, are CeiT's own exceptions, which its tests state. A constant in the last layer's LN' is what
+    part="rest" takes away, and no later LN' takes it.
     """
     if not supported(column, method):
         return
@@ -135,10 +154,11 @@ def test_every_parameter_that_asks_for_a_gradient_gets_one(column: str, method: 
     ]
     if column == "CeiT":
         idle = [name for name in idle if ".mlp." not in name and ".norm2." not in name]
-    assert not idle
+    norms = [name for name, _ in model.named_parameters() if ".layer_norms." in name]
+    assert idle == (norms[-1:] if model.spec.part == "rest" else [])
 
 
-@every_cell
+@every_cell_and_arm
 def test_folded_gives_the_same_with_one_addition_a_served_layer(column: str, method: str) -> None:
     """The folded graph has GAP's additions and one for each served layer, exactly, and where the class token is read
     out one for the Last LN.
@@ -264,6 +284,7 @@ def test_timms_feature_wrapper_gives_these_maps(column: str, method: str) -> Non
 
 
 PRUNED = [("lape_gap", False), ("mpvg", False), ("mpvg_flat", False), ("gap_last0", True), ("mpvg", True)]
+PRUNED += [("random", True), ("random", False), ("permuted", True)]
 
 
 @pytest.mark.parametrize(("method", "norm"), PRUNED)
@@ -313,8 +334,37 @@ def test_gradient_checkpointing_changes_nothing(column: str, method: str) -> Non
         assert_close(results[1][1][name], gradient, 1e-10)
 
 
+class Recorder:
+    """A probe that keeps what layers and the Last LN receive."""
+
+    def __init__(self) -> None:
+        self.received: list[Tensor | None] = []
+
+    def layer(self, layer: int, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
+        assert layer == len(self.received)
+        self.received.append(pe)
+
+    def last(self, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
+        self.received.append(pe)
+
+
+@every_kind_and_arm
+def test_a_probe_sees_what_is_delivered(column: str, method: str) -> None:
+    """Each layer's part and the Last LN's; CeiT pools the latter before its Last LN."""
+    model: Any = build(column, method)
+    model.probe = Recorder()
+    model(images(column))
+    delivered = model.deliver(model.raw_pos_embed())
+    last = delivered.last
+    if column == "CeiT" and last is not None:
+        last = model.pool(last, model.spec.pool)
+    for actual, expected in zip(model.probe.received, (*delivered.per_layer, last), strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or torch.equal(actual, expected)
+
+
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")  # timm's own resizing
-@every_kind
+@every_kind_and_arm
 def test_another_image_size_runs_and_folds(column: str, method: str) -> None:
     """The raw PE is resampled and then delivered; a network built at that size takes the weights."""
     model, size = build(column, method), OTHER_SIZE.get(column, (64, 32))
@@ -376,7 +426,7 @@ def test_no_weight_decay_on_norms_and_what_the_network_exempts(column: str) -> N
     )
 
 
-@every_kind
+@every_kind_and_arm
 def test_another_methods_weights_start_it_and_a_file_brings_back_its_own(
     column: str, method: str, tmp_path: Path
 ) -> None:
@@ -401,11 +451,14 @@ def test_another_methods_weights_start_it_and_a_file_brings_back_its_own(
     assert torch.equal(other(batch), model(batch))
 
 
-@every_network
-def test_an_exported_mpvg_equals_the_network(column: str) -> None:
+EXPORTED = [*((column, "mpvg") for column in SUPPORTED), ("ViT, DeiT", "permuted")]
+
+
+@pytest.mark.parametrize(("column", "method"), EXPORTED)
+def test_an_exported_network_equals_the_network(column: str, method: str) -> None:
     """torch.export, as deployment needs it: unfolded and folded."""
     batch = images(column)
-    model = build(column, "mpvg", **({} if column == "Swin" else {"depth": 2}))
+    model = build(column, method, **({} if column == "Swin" else {"depth": 2}))
     for network in (model, fold(model)):
         with torch.no_grad():
             program = torch.export.export(network, (batch,))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -253,3 +254,117 @@ def test_what_cannot_be_grouped_is_refused(tiny: MakeConfig, optim: dict[str, An
     model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
     with pytest.raises(ValueError, match=message):
         build_optimizer(model, tiny(optim=OptimConfig(**optim)))
+
+
+# ---- factors on the rates of single parameters
+
+BETA = r"^norm\.bias$"
+
+
+def rates_of(config: RunConfig, steps_per_epoch: int = 5) -> dict[str, list[float]]:
+    """The rate of each parameter at every step."""
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, steps_per_epoch)
+    found: dict[str, list[float]] = {name: [] for name, _ in model.named_parameters()}
+    for step in range(config.epochs * steps_per_epoch):
+        schedule.set_rate(step // steps_per_epoch, step)
+        rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            found[name].append(rate[id(parameter)])
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup_epochs": 1.0, "warmup_lr": 1e-4, "min_lr": 1e-5},
+        {"warmup_epochs": 0.0, "min_lr": 1e-3, "cooldown_epochs": 1},
+        {"schedule": "step", "decay_epochs": 1.0, "warmup_epochs": 1.0, "warmup_prefix": True},
+        {"schedule": "constant", "schedule_unit": "epoch", "schedule_lag": 1, "warmup_epochs": 2.0},
+        {"layer_decay": 0.5, "warmup_epochs": 1.0},
+        {"body_lr": 0.1, "warmup_epochs": 1.0, "warmup_lr": 1e-4},
+    ],
+)
+def test_a_factor_holds_exactly_at_every_step_of_the_schedule(tiny: MakeConfig, options: dict[str, Any]) -> None:
+    """From the first step of the warm-up to the final rate, on top of other factors; other rates stay as they are."""
+    config = tiny(epochs=4, lr=1e-2, optim=OptimConfig(**options))
+    plain = rates_of(config)
+    scaled = rates_of(tiny(epochs=4, lr=1e-2, optim=OptimConfig(**options, rates={BETA: 2.0, r"^pos_embed$": 0.02})))
+    assert scaled.keys() == plain.keys()
+    for name, before in plain.items():
+        if name == "norm.bias":
+            assert scaled[name] == [2 * rate for rate in before]
+        elif name == "pos_embed":
+            assert scaled[name] == pytest.approx([rate / 50 for rate in before], rel=1e-12)
+        else:
+            assert scaled[name] == before, name
+
+
+def test_the_first_pattern_counts(tiny: MakeConfig) -> None:
+    """In the order in which they are written, whether the later one is wider or narrower."""
+    plain = rates_of(tiny(epochs=1, lr=1e-2, optim=OptimConfig()))["norm.bias"]
+    for rates, factor in ({BETA: 2.0, "bias": 8.0}, 2), ({"bias": 8.0, BETA: 2.0}, 8):
+        found = rates_of(tiny(epochs=1, lr=1e-2, optim=OptimConfig(rates=rates)))
+        assert found["norm.bias"] == [factor * rate for rate in plain]
+        assert found["head.bias"] == [8 * rate for rate in plain]
+        assert found["head.weight"] == plain
+
+
+def test_a_factor_leaves_weight_decay_and_each_parameters_one_group(tiny: MakeConfig) -> None:
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    optimizer = build_optimizer(model, tiny(optim=OptimConfig(weight_decay=0.3, rates={r"norm1|head": 4.0})))
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if parameter.ndim == 1 or name == "pos_embed" else 0.3), name
+
+
+def test_without_factors_the_groups_are_timms(tiny: MakeConfig) -> None:
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    ours = build_optimizer(model, tiny(lr=1e-2, optim=OptimConfig(weight_decay=0.3)))
+    timms = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.3)
+    assert [list(map(id, group["params"])) for group in ours.param_groups] == [
+        list(map(id, group["params"])) for group in timms.param_groups
+    ]
+    assert not any("lr_scale" in group for group in ours.param_groups)
+
+
+def test_a_state_with_factors_continues_exactly(tiny: MakeConfig) -> None:
+    config = tiny(lr=1e-2, optim=OptimConfig(warmup_epochs=0.5, rates={BETA: 2.0, "norm1": 0.5}))
+    made = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+        made.append((model, build_optimizer(model, config)))
+    (model, optimizer), (other, other_optimizer) = made
+    steps(model, optimizer, 3)
+    tensors, rest = pack(optimizer)
+    other.load_state_dict(model.state_dict())
+    unpack(other_optimizer, safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(rest)))
+    for network, its in made:
+        build_schedule(its, config, 5).set_rate(0, 4)
+        torch.manual_seed(3)
+        steps(network, its, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rates": {"norm[": 2.0}}, r"optim\.rates: 'norm\[' is not a valid pattern"),
+        ({"rates": {"nrom": 2.0}}, r"optim\.rates: no parameter matches 'nrom'; the names are those in model"),
+        ({"rates": {BETA: 2.0}, "frozen": (BETA,)}, r"optim\.rates: .* matches frozen parameters only; leave it out"),
+    ],
+)
+def test_a_factor_that_would_have_no_effect_is_refused(tiny: MakeConfig, options: Any, message: str) -> None:
+    model = create_model("vit_mini_patch2_8", "mpvg", num_classes=3)
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(model, tiny(optim=OptimConfig(**options)))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_factor_is_a_number_above_0(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"optim\.rates\['bias'\] is .*; allowed: a number > 0; .* use optim\.frozen"):
+        OptimConfig(rates={"bias": factor})

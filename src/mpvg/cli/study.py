@@ -1,8 +1,13 @@
-"""`mpvg demo`: several runs compared."""
+"""`mpvg study`, `replay`, `compare` and `demo`: several runs compared."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import Parser
+from mpvg.cli.arguments import Parser, print_table, say
+
+if TYPE_CHECKING:
+    from mpvg.study.folder import StudyFolder
 
 
 def demo(arguments: list[str]) -> int:
@@ -14,4 +19,142 @@ def demo(arguments: list[str]) -> int:
     from mpvg.study import demo
 
     demo.demo(given.data, Path(given.out))
+    return 0
+
+
+def study(arguments: list[str]) -> int:
+    """Runs a study, or continues it."""
+    parser = Parser(
+        prog="mpvg study",
+        description="Runs what a study lacks: arms x settings x seeds. Ends with tables, tests and a picture in --out. "
+        "The same command continues an interrupted study.",
+    )
+    parser.add_argument(
+        "study", nargs="?", help="a ready study, or a YAML file; without it, the ready studies are listed"
+    )
+    parser.add_argument("--out", help="folder of the study (default: studies/<study>-<scale>)")
+    parser.add_argument("--scale", help="tiny: digits, minutes; small: hours; paper: GPUs (default: the first it has)")
+    parser.add_argument("--seeds", type=int, help="repetitions of each arm (default: the study's)")
+    parser.add_argument("--data", help="data in place of every setting's own")
+    parser.add_argument(
+        "--workers", type=int, help="processes, or jobs with --slurm (default: one for each core or GPU)"
+    )
+    parser.add_argument(
+        "--slurm", metavar="OPTIONS", help="submit an array of workers: partition=gpu,time=120,...; or local"
+    )
+    parser.add_argument("--pilot", action="store_true", help="eight seeds, then only their spread and the seeds needed")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the runs, the hours here and what they can decide"
+    )
+    parser.add_argument("--print", action="store_true", help="print the study as YAML, to change it")
+    given = parser.parse_args(arguments)
+    from mpvg.study import plan
+
+    if given.study is None:
+        return _list_studies()
+    chosen = plan.read_study(given.study)
+    if given.print:
+        import yaml
+
+        sys.stdout.write(yaml.safe_dump(plan.to_dict(chosen), sort_keys=False, allow_unicode=True, width=120))
+        return 0
+    scale = given.scale or next(iter(chosen.scales))
+    for name in ("seeds", "workers"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ValueError(f"--{name} is {getattr(given, name)}; allowed: a whole number >= 1")
+    from mpvg.study import folder as folders
+
+    out = Path(given.out or f"studies/{chosen.name}-{scale}")
+    if given.dry_run:
+        return _dry_run(folders.StudyFolder(out, chosen, scale, given.seeds, given.data))
+    from mpvg.study.contrasts import PILOT_SEEDS
+
+    seeds = min(PILOT_SEEDS, given.seeds or PILOT_SEEDS) if given.pilot else given.seeds
+    made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data)
+    for (setting, arm), reason in made.refused.items():
+        say(f"arm {arm} is left out of {setting}: {reason}")
+    if not _run(made, given.slurm, given.workers, blind=given.pilot):
+        return 0
+    return _pilot(made) if given.pilot else _finish(made)
+
+
+def replay(arguments: list[str]) -> int:
+    """Runs one row of a ledger again."""
+    parser = Parser(prog="mpvg replay", description="Trains the run of one line of a ledger anew and compares.")
+    parser.add_argument("ledger", help="ledger.jsonl of a study")
+    parser.add_argument("--row", type=int, required=True, help="number of the line, from 1")
+    parser.add_argument("--out", help="folder of the new run (default: a temporary one)")
+    given = parser.parse_args(arguments)
+    import tempfile
+
+    from mpvg.study.replay import choose_row, replay
+
+    row, others = choose_row(Path(given.ledger), given.row)
+    say(
+        f"row {given.row}: {row.setting}, arm {row.arm}, seed {row.seed}; {row.epochs} epochs"
+        + (f", {row.seconds:.0f} s then" if row.seconds else "")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = replay(row, others, Path(given.out or f"{folder}/run"))
+    say(*found.lines)
+    return 0 if found.agrees else 1
+
+
+def _list_studies() -> int:
+    from mpvg.study.plan import make_cells, read_study, ready_studies
+
+    rows = [("study", "runs (tiny)", "scales", "question")]
+    for name in ready_studies():
+        found = read_study(name)
+        runs = len(make_cells(found, "tiny", Path())) if "tiny" in found.scales else 0
+        rows.append((name, str(runs or "-"), ", ".join(found.scales), found.question))
+    print_table(rows, right=("runs (tiny)",))
+    say("", "mpvg study NAME --out DIR runs one; --print shows it as YAML, to make your own")
+    return 0
+
+
+def _dry_run(folder: "StudyFolder") -> int:
+    from mpvg.study.preview import preview
+
+    say(*preview(folder))
+    return 0
+
+
+def _run(folder: "StudyFolder", slurm: str | None, workers: int | None, *, blind: bool) -> bool:
+    """Does what is missing, or submits it; returns whether it has ended."""
+    if slurm is None:
+        from mpvg.study.runner import run_study
+
+        run_study(folder, workers, blind=blind)
+        return True
+    from mpvg.study.slurm import LOCAL, submit
+
+    jobs = submit(folder, slurm, workers or 1)
+    logs = folder.path / "slurm"
+    say(f"submitted {len(jobs)} jobs: {', '.join(str(job.job_id) for job in jobs)}; logs are in {logs}")
+    if slurm != LOCAL:
+        say("when they have ended, give the same command without --slurm: it does what is missing and ends as usual")
+        return False
+    for job in jobs:
+        job.result()
+    return True
+
+
+def _pilot(folder: "StudyFolder") -> int:
+    from mpvg.study.preview import describe_spread
+
+    say(*describe_spread(folder), "next: the same command with --seeds N instead of --pilot; the pilot's runs count")
+    return 0
+
+
+def _finish(folder: "StudyFolder") -> int:
+    from mpvg.study.results import collect
+    from mpvg.study.tables import headline, write_tables
+
+    missing = len(folder.missing())
+    written = write_tables(folder.path)
+    say(*headline(collect(folder.study, folder.scale, folder.rows())))
+    if missing:
+        say(f"{missing} runs are missing: another command does them, or give the same command again")
+    say("written: " + ", ".join(str(path) for path in written))
     return 0

@@ -30,11 +30,6 @@ class NetworkConfig:
     """Channel standard deviations of the same images; None: as for `mean`."""
     crop_pct: float = 0.875
     """Images from files, evaluation: side of the center crop divided by the shorter side of the resized image."""
-    pooling: Literal["method", "fc_norm", "max", "attention", "token_and_mean"] = "method"
-    """Plain ViTs: the method's read-out; or the LN after the mean, the maximum, attention pooling, or the class token
-    added to the mean, each after the same delivery."""
-    registers: int = 0
-    """Plain ViTs: learnable tokens without a place, which no read-out but attention pooling takes."""
 
     def __post_init__(self) -> None:
         check("network.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "a whole number >= 1")
@@ -43,7 +38,6 @@ class NetworkConfig:
         check_choices(self, "network.")
         check("network.crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a number in (0, 1]")
         check("network.std", self.std, all(value > 0 for value in self.std or ()), "numbers > 0")
-        check("network.registers", self.registers, 0 <= self.registers <= 64, "a whole number from 0 to 64")
 
 
 @dataclass(frozen=True, kw_only=True)

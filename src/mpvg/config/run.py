@@ -10,6 +10,7 @@ So a field that is added with a default changes no digest, provided that `ADDED_
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,16 +27,12 @@ ADDED_FIELDS: dict[str, Any] = {
     "task_options": {},
     "val_share": 0.0,
     "orientation": "stored",
-    "imbalance": 1.0,
-    "subtract_mean": False,
-    "network.pooling": "method",
-    "network.registers": 0,
     "optim.rates": {},
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
 and the digest leaves a field out where it has this value."""
-UNCOUNTED = ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker", "log_gradients")
-"""Fields that the digest leaves out: where a run is kept, where its data are, where it runs and what it logs."""
+UNCOUNTED = ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker")
+"""Fields that the digest leaves out: where a run is kept, where its data are and on which hardware it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +54,6 @@ class RunConfig:
     """Image files without a validation set: share of each class that is held out as one, by hashes of names; 0: off."""
     orientation: Literal["exif", "stored"] = "exif"
     """Images from files: exif turns them upright, as their EXIF data say; stored does not, as torchvision and timm."""
-    imbalance: float = 1.0
-    """Named sets: training images of the first class for one of the last, in a geometric series between; 1: all."""
-    subtract_mean: bool = False
-    """Named sets: whether the mean image of the training set is subtracted from every image."""
     epochs: int
     """Passes over the training set."""
     batch_size: int
@@ -93,8 +86,6 @@ class RunConfig:
     """Steps between checkpoints inside an epoch; None: at the end of each epoch only."""
     tracker: str | None = None
     """Where each epoch's metrics are also sent: tensorboard, or another accelerate tracker by name."""
-    log_gradients: bool = False
-    """Whether metrics.jsonl has the gradient norms at the Last LN's beta and, through the head, at the head's bias."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -107,7 +98,6 @@ class RunConfig:
         check("lr", self.lr, self.lr > 0, "a number > 0")
         check("seed", self.seed, 0 <= self.seed < 2**31, "a whole number in [0, 2^31)")
         check("val_share", self.val_share, 0 <= self.val_share < 1, "a number in [0, 1)")
-        check("imbalance", self.imbalance, 1 <= self.imbalance <= 1e6, "a number >= 1, <= 1,000,000")
         check("threads", self.threads, self.threads is None or 0 < self.threads <= 4096, "a whole number >= 1, <= 4096")
         check("save_steps", self.save_steps, self.save_steps is None or self.save_steps >= 1, "a whole number >= 1")
         check("ema_decay", self.ema_decay, self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
@@ -178,6 +168,7 @@ def digest_defaults() -> dict[str, Any]:
     return defaults | ADDED_FIELDS
 
 
+@functools.cache
 def _parts() -> dict[str, Any]:
     """Name -> class of the fields that are dataclasses themselves."""
     kinds = get_type_hints(RunConfig)

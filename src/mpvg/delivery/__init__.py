@@ -16,7 +16,7 @@ asks for its name.
 `spec` says what a method delivers, `chain` computes it. They import torch and the standard library only.
 """
 
-from mpvg.delivery.chain import DeliveredPE, PositionDelivery
+from mpvg.delivery.chain import TABLE_STD, DeliveredPE, PositionDelivery, empty_table
 from mpvg.delivery.spec import (
     METHODS,
     DeliverySpec,
@@ -31,6 +31,7 @@ from mpvg.delivery.spec import (
 
 __all__ = [
     "METHODS",
+    "TABLE_STD",
     "DeliveredPE",
     "DeliverySpec",
     "Method",
@@ -40,5 +41,6 @@ __all__ = [
     "as_spec",
     "describe",
     "describe_spec",
+    "empty_table",
     "resolve",
 ]

@@ -1,6 +1,7 @@
 """The chain of LN' that a method asks for, computed from the raw PE once for a forward pass."""
 
 import functools
+import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,10 +36,13 @@ class PositionDelivery(nn.Module):
         eps: epsilon of every LN'; the network's own.
         prefix_rows: number of leading tokens without a row in the PE, for example registers; they receive zeros.
         class_rows: number of leading rows of the PE that are not patches'; a `Part` keeps them apart.
-        rows: rows of the PE, for `last_table="random"`.
+        rows: rows of the PE; a random table needs them.
 
     The parameters are `layer_norms.<layer>.{weight,bias}` and `last_norm.{weight,bias}`, initialized to the method's
     gains (1) and 0. A layer that receives nothing has no entry.
+
+    Raises:
+        ValueError: the method has a random table, and `rows` is not given.
     """
 
     table: Tensor | None
@@ -67,16 +71,19 @@ class PositionDelivery(nn.Module):
         layers = range(0) if spec.first_layer is None else range(spec.first_layer, depth)
         self.layer_norms = nn.ModuleDict({str(layer): nn.LayerNorm(dim, eps=eps) for layer in layers})
         self.last_norm = None if spec.last_index is None else nn.LayerNorm(dim, eps=eps)
-        self.register_buffer("table", torch.randn(1, rows, dim) * TABLE_STD if spec.last_table == "random" else None)
+        self.register_buffer("table", empty_table(spec, rows, dim))
         self.register_buffer("reference_pos", None)
-        self.reset_gains()
+        self.reset_parameters()
 
-    def reset_gains(self) -> None:
-        """Sets the weights of every LN' to the values at which the method starts them."""
-        for norm in self.layer_norms.children():
-            nn.init.constant_(norm.get_parameter("weight"), self.spec.gain)
-        if self.last_norm is not None:
-            nn.init.constant_(self.last_norm.weight, self.spec.last_gain)
+    def reset_parameters(self) -> None:
+        """Starts every LN' as the method says, and draws the random table from torch's generator if there is one."""
+        starts = [(norm, self.spec.gain) for norm in self.layer_norms.children()]
+        for norm, gain in [*starts, (self.last_norm, self.spec.last_gain)]:
+            if norm is not None:
+                nn.init.constant_(norm.get_parameter("weight"), gain)
+                nn.init.zeros_(norm.get_parameter("bias"))
+        if self.table is not None:
+            nn.init.normal_(self.table, std=TABLE_STD)
 
     def forward(
         self,
@@ -93,8 +100,9 @@ class PositionDelivery(nn.Module):
             initial: pos_0, if it is not `pos`: the raw PE after the previous stages' merging.
             reference_pos: a raw PE, `(1, rows, dim)`; the values that it gives with every LN' as it starts are
                 subtracted from the delivered ones.
-            table: `self.table`, resampled if the PE is.
+            table: what LN'_last takes instead of pos_k, `(1, rows, dim)`; None: `self.table`.
         """
+        table = self.table if table is None else table
         delivered = self._chain(pos, pos if initial is None else initial, table, nn.LayerNorm.__call__)
         if reference_pos is None:
             return delivered
@@ -124,7 +132,7 @@ class PositionDelivery(nn.Module):
     def prune(self, depth: int, *, keep_last: bool) -> None:
         """Keeps only what the first `depth` layers receive and, if `keep_last`, what the Last LN receives."""
         if not keep_last:
-            self.last_norm = None
+            self.last_norm = self.table = None
         k = -1 if self.last_norm is None or self.spec.last_index is None else self.spec.last_index
         for layer in map(int, list(self.layer_norms)):
             # pos_k needs every LN' up to LN'_k if hierarchical, and LN'_k alone otherwise.
@@ -132,9 +140,11 @@ class PositionDelivery(nn.Module):
                 del self.layer_norms[str(layer)]
         self.depth = depth
 
-    def start(self, pos: Tensor) -> Tensor:
-        """What LN'_last(pos_0) gives to each token before training, `(1, N, dim)`, from the raw PE `(1, rows, dim)`."""
-        return self._deliver(F.layer_norm(pos, pos.shape[-1:], eps=self.eps), "all")
+    def start(self, pos_0: Tensor) -> Tensor:
+        """What LN'_last(pos_0) adds to each token before training, `(1, N, dim)`, from pos_0 `(1, rows, dim)`."""
+        return self._deliver(
+            F.layer_norm(pos_0, pos_0.shape[-1:], eps=self.eps) * self.spec.last_gain, self.spec.last_part
+        )
 
     def _deliver(self, value: Tensor, part: Part) -> Tensor:
         """The part of a PE `(1, rows, dim)` that is delivered, `(1, N, dim)`."""
@@ -146,22 +156,39 @@ class PositionDelivery(nn.Module):
             elif part == "rest":
                 value = value - mean
             else:
-                value = torch.cat([value[:, : self.class_rows], patches[:, _order(patches.shape[1])]], dim=1)
+                order = [*range(self.class_rows), *(self.class_rows + row for row in _order(patches.shape[1]))]
+                value = value[:, order]
         return F.pad(value, (0, 0, self.prefix_rows, 0)) if self.prefix_rows else value
 
     def _untrained_norm(self, norm: nn.LayerNorm, value: Tensor) -> Tensor:
         gain = self.spec.last_gain if norm is self.last_norm else self.spec.gain
-        return F.layer_norm(value, norm.normalized_shape, eps=norm.eps) * gain
+        # With a weight, as LN' has one, so that the difference to an untrained LN' is 0 in every dtype.
+        return F.layer_norm(value, norm.normalized_shape, torch.full_like(norm.weight, gain), eps=norm.eps)
 
     def extra_repr(self) -> str:
         """Shows the spec in `print(model)`."""
         return f"{self.spec}"
 
 
+def empty_table(spec: DeliverySpec, rows: int, dim: int) -> Tensor | None:
+    """Room for what LN'_last takes instead of pos_k, `(1, rows, dim)`; None: it takes pos_k.
+
+    Raises:
+        ValueError: `rows` is 0.
+    """
+    if spec.last_table == "pos":
+        return None
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, but last_table={spec.last_table!r} has as many rows as the PE; give rows")
+    return torch.empty(1, rows, dim)
+
+
 @functools.cache
-def _order(rows: int) -> Tensor:
+def _order(rows: int) -> tuple[int, ...]:
     """The order of the rows that `part="permuted"` delivers."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    # Numbers, not a tensor: one that is made in inference mode, on a device or while tracing could not be used again.
+    draw = random.Random(0).random
+    return tuple(sorted(range(rows), key=lambda _: draw()))
 
 
 def _subtract(value: Tensor | None, other: Tensor | None) -> Tensor | None:

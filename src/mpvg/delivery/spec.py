@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -44,7 +43,8 @@ class DeliverySpec:
     last_gain: float = 1.0
     """Initial weight of LN'_last."""
     start_beta: bool = False
-    """Whether the Last LN's bias starts at what LN'_last(pos_0) adds to the read-out before training."""
+    """Whether the Last LN's bias starts at what LN'_last(pos_0) adds to the read-out before training; where nothing is
+    delivered to the Last LN, it is that of an LN' which is never trained."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -52,8 +52,8 @@ class DeliverySpec:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(map(repr, allowed))}")
         for name in ("gain", "last_gain"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}; allowed: a finite number")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _MAX_GAIN:
+                raise ValueError(f"{name} is {value!r:.40}; allowed: a finite number, in float32")
         if self.first_layer not in (None, 0, 1) or isinstance(self.first_layer, bool | float):
             raise ValueError(f"first_layer is {self.first_layer!r}; allowed: None, 0, 1")
         self._check_last()
@@ -68,6 +68,8 @@ class DeliverySpec:
             raise ValueError(f"last_index is {k!r}; allowed: None, 0 (the raw PE), or the index of a layer")
         if k and self.first_layer is None:
             raise ValueError(f"last_index is {k}, but without first_layer only pos_0 exists; set first_layer, or use 0")
+        if k and self.last_table != "pos":
+            raise ValueError(f"last_table is {self.last_table!r}, which replaces pos_{k}; use last_index 0")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON-safe values: a field that is added later changes none."""
@@ -84,6 +86,9 @@ _ROUTES = {"first_layer": ("part", "gain"), "last_index": ("last_part", "last_ta
 _CHOICES: dict[str, tuple[Any, ...]] = {"pool": get_args(Pool), "part": get_args(Part), "last_part": get_args(Part)}
 _CHOICES |= {"last_table": ("pos", "random")}
 _CHOICES |= dict.fromkeys(("input_pe", "hierarchical", "last_detach", "start_beta"), (True, False))
+
+_MAX_GAIN = 3e38
+"""About the largest number in float32."""
 
 _MPVG = DeliverySpec(first_layer=1, last_index=0)
 
@@ -188,9 +193,6 @@ def resolve(method: Method, traits: NetworkTraits) -> DeliverySpec:
         )
     if k and not traits.uniform_width:
         raise ValueError(f"last_index is {k}, but in {traits.name} pos_{k} is not as wide as the Last LN; use 0")
-    for name in ("last_table", "start_beta"):
-        if getattr(spec, name) != _DEFAULTS[name] and not traits.uniform_width:
-            raise ValueError(f"{name} is {getattr(spec, name)!r}, but {traits.name} merges its PE between stages")
     return spec
 
 

@@ -17,7 +17,7 @@ from mpvg.validation import named
 Grid = tuple[int, int]
 """Rows and columns of patches."""
 
-_POS = ("pos_embed", "delivery.reference_pos")
+_POS = ("pos_embed", "delivery.reference_pos", "delivery.table")
 _LEADING = ("cls_token", "dist_token", "reg_token")
 _DISTILLED = ("dist_token", "head_dist.weight", "head_dist.bias")
 
@@ -118,7 +118,10 @@ class CheckpointAdapter:
         if key in replaced or key in self.head:
             self.report.new[key] = "the head has other classes" if key in replaced else "the file has no head"
         elif re.search(r"^delivery\.(\d+\.)?(layer_norms|last_norm)\.", key):
-            self.report.new[key] = "LN' at 1 and 0"
+            spec = self.model.spec
+            self.report.new[key] = f"LN' at {spec.last_gain if 'last_norm' in key else spec.gain:g} and 0"
+        elif key == "delivery.table":
+            self.report.new[key] = "random, as the method says"
         elif key in getattr(self.model, "may_be_new", ()):
             self.report.new[key] = "the file has none"
         else:

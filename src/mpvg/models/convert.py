@@ -41,9 +41,10 @@ def convert(
         readout: "keep" keeps the class token, the average or the attention pooling of the model, and delivers to the
             Last LN if it comes before the pooling and the tokens that are read out have rows in the PE. "method"
             uses the method's read-out, with the Last LN on every token.
-        start: "fresh" delivers from the first step on, with every LN' at 1 and 0, as in the paper. "preserve" delivers
-            the change since the conversion: the outputs are those of the original until the first step, while the PE
-            and every LN' get the same gradients as with "fresh". It needs readout="keep" and a method with input PE.
+        start: "fresh" delivers from the first step on, with every LN' at 1 and 0, as in the paper, or at the method's
+            gains; a start of the Last LN's bias is added to the bias there is. "preserve" delivers the change since the
+            conversion: the outputs are those of the original until the first step, while the PE and every LN' get the
+            same gradients as with "fresh". It needs readout="keep" and a method with input PE and without start_beta.
 
     Raises:
         ValueError: the network has no absolute PE, or blocks other than timm's Block, or cannot run the method.
@@ -53,8 +54,9 @@ def convert(
             raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
     _check_convertible(model)
     spec = as_spec(method)
-    if start == "preserve" and (readout != "keep" or not spec.input_pe):
-        changes = f"readout={readout!r}" if readout != "keep" else "removing the PE from the input"
+    if start == "preserve" and (readout != "keep" or not spec.input_pe or spec.start_beta):
+        changes = "start_beta=True" if spec.start_beta else "removing the PE from the input"
+        changes = f"readout={readout!r}" if readout != "keep" else changes
         raise ValueError(f"start='preserve' is not possible: {changes} changes the outputs; use start='fresh'")
     converted: Any = copy.deepcopy(model)
     if readout == "keep":

@@ -1,7 +1,7 @@
 """Swin: stages with smaller grids and larger widths, with a delivered position embedding (PE)."""
 
 from collections.abc import Container
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
-from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
+from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models.adapting import LoadReport
 from mpvg.models.layouts import Layout
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
+from mpvg.models.staged import StagedDelivery
 
 POS_STD = 0.02
 """Initial standard deviation of Swin's absolute PE (microsoft/Swin-Transformer)."""
@@ -34,46 +35,6 @@ class DeliveredSwinBlock(SwinTransformerBlock):
         if not isinstance(x.shape[0], int) or x.shape[0] > 0:
             x = x + self.drop_path1(self._attn(attended))  # type: ignore[no-untyped-call]  # Eq. (2)
         return x + self.drop_path2(self.mlp(self.norm2(x)))  # Eq. (3)
-
-
-class StagedDelivery(nn.ModuleList):
-    """One PositionDelivery per stage, for a network that merges the PE between stages.
-
-    Args:
-        spec: the resolved method of the whole network.
-        depths: number of layers of each stage.
-        dims: channels of each stage.
-        eps: epsilon of every LN'; the network's own.
-    """
-
-    last_mean_folded = False
-    """As in PositionDelivery."""
-
-    def __init__(self, spec: DeliverySpec, depths: list[int], dims: list[int], *, eps: float) -> None:
-        # In every stage the first layer receives a PE, too: resolve() sets first_layer to 0 for Swin.
-        specs = [spec.without_last()] * (len(depths) - 1) + [spec]
-        stages = zip(specs, depths, dims, strict=True)
-        super().__init__(PositionDelivery(stage, depth, dim, eps=eps) for stage, depth, dim in stages)
-        self.hierarchical = spec.hierarchical
-
-    @property
-    def stages(self) -> list[PositionDelivery]:
-        """The deliveries of the stages."""
-        return [stage for stage in self if isinstance(stage, PositionDelivery)]
-
-    def needed_from(self, stage: int) -> tuple[bool, bool]:
-        """Whether this or a later stage needs the chain's value, and whether one needs pos_0."""
-        stages = self.stages[stage:]
-        to_layers = any(len(delivery.layer_norms) for delivery in stages)
-        to_last_norm = any(delivery.last_norm is not None for delivery in stages)
-        return to_layers and self.hierarchical, to_last_norm or (to_layers and not self.hierarchical)
-
-    def prune(self, depth: int, *, keep_last: bool) -> None:
-        """As PositionDelivery.prune; `depth` must be the end of a stage."""
-        ends = accumulate(delivery.depth for delivery in self.stages)
-        kept = [delivery for delivery, end in zip(self.stages, ends, strict=True) if end <= depth]
-        del self[len(kept) :]
-        kept[-1].prune(kept[-1].depth, keep_last=keep_last)
 
 
 class DeliveredSwinTransformer(SwinTransformer):
@@ -149,10 +110,11 @@ class DeliveredSwinTransformer(SwinTransformer):
         depths = [len(stage.blocks) for stage in self.layers]
         dims = [info["num_chs"] for info in self.feature_info]
         weight = self.norm.weight
-        delivery = StagedDelivery(spec, depths, dims, eps=self.norm.eps)
+        rows = self.patch_embed.num_patches
+        delivery = StagedDelivery(spec, depths, dims, eps=self.norm.eps, rows=rows)
         self.delivery = delivery.to(device=weight.device, dtype=weight.dtype)
         # Drawn last, so that every other parameter is what timm draws from the same seed.
-        self.pos_embed = nn.Parameter(weight.new_empty(1, self.patch_embed.num_patches, dims[0]))
+        self.pos_embed = nn.Parameter(weight.new_empty(1, rows, dims[0]))
         self._init_pos_embed()
 
     @property
@@ -165,31 +127,18 @@ class DeliveredSwinTransformer(SwinTransformer):
         super().init_weights(mode, needs_reset=needs_reset)
         if hasattr(self, "pos_embed"):  # it does not exist yet when timm's constructor calls this
             self._init_pos_embed()
-            for stage in self.delivery.stages:
-                stage.reset_gains()
 
     def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
         """The raw PE, `(1, rows, D)` for the first stage, resampled to a grid of patches if one is given."""
-        return self.pos_embed if grid is None else self._resample(grid, self.patch_embed.grid_size)
+        return self.pos_embed if grid is None else _resample(self.pos_embed, grid, self.patch_embed.grid_size)
 
     def deliver(self, pos: Tensor, grid: tuple[int, int] | None = None) -> DeliveredPE:
         """Computes what every layer of every stage and the Last LN receive; `pos` is `raw_pos_embed(grid)`."""
-        height, width = grid or self.patch_embed.grid_size
-        carry = initial = pos
-        per_layer: list[Tensor | None] = []
-        last = None
-        for index, (stage, delivery) in enumerate(zip(self.layers, self.delivery, strict=True)):
-            if index > 0:
-                carry_needed, initial_needed = self.delivery.needed_from(index)
-                if carry_needed:
-                    carry = _merge(stage.downsample, carry, (height, width))
-                if initial_needed:
-                    initial = _merge(stage.downsample, initial, (height, width))
-                height, width = (height + 1) // 2, (width + 1) // 2
-            delivered = delivery(carry, initial)
-            carry, last = delivered.carry, delivered.last
-            per_layer += delivered.per_layer
-        return DeliveredPE(tuple(per_layer), last, carry)
+        table = self.delivery.table
+        if table is not None and grid is not None:
+            table = _resample(table, grid, self.patch_embed.grid_size)
+        mergings = [stage.downsample for stage in self.layers]
+        return self.delivery(pos, grid or self.patch_embed.grid_size, mergings, table)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The head's mean over tokens, `(B, N, D)` to `(B, D)`."""
@@ -251,8 +200,11 @@ class DeliveredSwinTransformer(SwinTransformer):
         before = self.patch_embed.grid_size
         super().set_input_size(img_size, patch_size, window_size, window_ratio, always_partition)
         if self.patch_embed.grid_size != before:
-            pos = self._resample(self.patch_embed.grid_size, before).detach()
+            grid = self.patch_embed.grid_size
+            pos = _resample(self.pos_embed, grid, before).detach()
             self.pos_embed = nn.Parameter(pos, requires_grad=self.pos_embed.requires_grad)
+            if self.delivery.table is not None:
+                self.delivery.table = _resample(self.delivery.table, grid, before)
 
     def no_weight_decay(self) -> set[str]:
         """timm's names, and the absolute PE."""
@@ -307,19 +259,20 @@ class DeliveredSwinTransformer(SwinTransformer):
             self.probe.last(x, normed, last)
         return normed if last is None else normed + last.unflatten(1, x.shape[1:3])  # Eq. (11); without `last`, Eq. (4)
 
-    def _resample(self, grid: tuple[int, int], old: tuple[int, int]) -> Tensor:
-        return resample_abs_pos_embed(self.pos_embed, list(grid), list(old), num_prefix_tokens=0)
-
+    @torch.no_grad()
     def _init_pos_embed(self) -> None:
+        """Draws the PE, and with it the start of the Last LN's bias if the method starts it."""
         trunc_normal_(self.pos_embed, std=POS_STD)
         if self.pos_std is not None:
-            with torch.no_grad():
-                self.pos_embed.mul_(self.pos_std / POS_STD)
+            self.pos_embed.mul_(self.pos_std / POS_STD)
+        if self.spec.start_beta:
+            mergings = [stage.downsample for stage in self.layers]
+            start = self.delivery.start(self.pos_embed, self.patch_embed.grid_size, mergings)
+            self.norm.bias.copy_(self.pool(start)[0])
 
 
-def _merge(merging: nn.Module, value: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Applies the patch merging of the tokens to a PE, `(1, rows, D)` to `(1, rows / 4, 2 D)`."""
-    return merging(value.unflatten(1, grid)).flatten(1, 2)
+def _resample(pos: Tensor, grid: tuple[int, int], old: tuple[int, int]) -> Tensor:
+    return resample_abs_pos_embed(pos, list(grid), list(old), num_prefix_tokens=0)
 
 
 _SWIN_224: dict[str, Any] = {"img_size": 224, "patch_size": 4, "window_size": 7}

@@ -88,12 +88,11 @@ class T2TViT(DeliveredVisionTransformer):
         del self.pos_embed
         self.register_buffer("pos_embed", table)
 
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initializes as the repository does: every Linear and the class token at std 0.02, the PE as a sinusoid."""
-        super().init_weights(mode, needs_reset=needs_reset)
+    @torch.no_grad()
+    def _start_pos_embed(self) -> None:
+        """Makes the PE a sinusoid, as the repository does; everything else starts as in a DeiT."""
         table = sinusoid(1 + self.patch_embed.num_patches, self.embed_dim)
-        with torch.no_grad():
-            self.pos_embed.copy_(table[-self.pos_embed.shape[1] :])  # a patch keeps its row, with and without class row
+        self.pos_embed.copy_(table[-self.pos_embed.shape[1] :])  # a patch keeps its row, with and without class row
 
 
 def sinusoid(rows: int, dim: int) -> Tensor:

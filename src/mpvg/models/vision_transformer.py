@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, global_pool_nlc
 from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
@@ -109,7 +109,11 @@ class DeliveredVisionTransformer(VisionTransformer):
         self.set_delivery(spec)
 
     def set_delivery(self, spec: DeliverySpec) -> None:
-        """Creates the PositionDelivery of a resolved method, with every LN' as the method starts it."""
+        """Creates the PositionDelivery of a resolved method, with every LN' as the method starts it.
+
+        Raises:
+            ValueError: the method starts the Last LN's bias, and nothing can be delivered to what is read out.
+        """
         first: Any = self.blocks[0]
         delivery = PositionDelivery(
             spec,
@@ -127,21 +131,33 @@ class DeliveredVisionTransformer(VisionTransformer):
     @torch.no_grad()
     def _start_beta(self) -> None:
         """Adds to the Last LN's bias what LN'_last(pos_0) adds to the read-out, if the method starts it there."""
-        if self.spec.start_beta:
-            self.norm.bias.add_(self.pool(self.delivery.start(self.pos_embed))[0])
+        if not self.spec.start_beta:
+            return
+        if getattr(self.norm, "bias", None) is None:
+            raise ValueError("start_beta is True, but no LN with a bias comes before the pooling; leave it out")
+        if self.spec.pool == "token" and self.no_embed_class:
+            raise ValueError("start_beta is True, but the class token has no row in the PE; leave it out")
+        # Not self.pool: it may be attention, whose result for a PE alone would not be what the PE adds.
+        start = self.delivery.start(self.pos_embed)
+        with_prefix = self.pool_include_prefix
+        self.norm.bias.add_(global_pool_nlc(start, self.spec.pool, self.num_prefix_tokens, with_prefix)[0])
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initializes as DeiT does: timm's scheme, with the class token at std 0.02."""
         super().init_weights(mode, needs_reset=needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=POS_STD)
+        self._start_pos_embed()
+        if hasattr(self, "delivery") and self.spec.start_beta:  # timm's constructor calls this before there is one
+            nn.init.zeros_(self.norm.bias)
+            self._start_beta()
+
+    @torch.no_grad()
+    def _start_pos_embed(self) -> None:
+        """Rescales the PE that timm's scheme drew."""
         std = self.default_pos_std if self.pos_std is None else self.pos_std
         if std != POS_STD:
-            with torch.no_grad():
-                self.pos_embed.mul_(std / POS_STD)
-        if hasattr(self, "delivery"):  # it does not exist yet when timm's constructor calls this
-            self.delivery.reset_gains()
-            self._start_beta()
+            self.pos_embed.mul_(std / POS_STD)
 
     def raw_pos_embed(self, grid: tuple[int, int] | None = None) -> Tensor:
         """The raw PE, `(1, rows, D)`, resampled to a grid of patches if one is given."""

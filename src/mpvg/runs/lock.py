@@ -87,17 +87,26 @@ def run_lock(path: Path, *, break_lock: bool = False) -> Iterator[None]:
             )
     file = path / LOCK
     number = _acquire(file, break_lock)
+    try:
+        with closed_in_children(number):  # a worker of the data loader would keep the lock of a process that was killed
+            yield
+    finally:
+        try:
+            if _is_at(number, file):  # not one that somebody has put there after breaking this one
+                file.unlink()
+        finally:
+            os.close(number)
+
+
+@contextlib.contextmanager
+def closed_in_children(number: int) -> Iterator[None]:
+    """Processes that are forked inside `with` do not keep an open file, and so its lock, when this one ends."""
     _close_in_children()
     _held.add(number)
     try:
         yield
     finally:
         _held.discard(number)
-        try:
-            if _is_at(number, file):  # not one that somebody has put there after breaking this one
-                file.unlink()
-        finally:
-            os.close(number)
 
 
 def current_holder(path: Path) -> Holder | None:
@@ -124,7 +133,7 @@ _held: set[int] = set()
 
 @functools.cache
 def _close_in_children() -> None:
-    """A forked worker of the data loader would keep the lock of a process that was killed."""
+    """Registers what `closed_in_children` needs, once."""
 
     def close() -> None:
         for number in _held:

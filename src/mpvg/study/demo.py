@@ -1,9 +1,8 @@
 """`mpvg demo`: a few methods on small data, a table, a sentence on what moves, and a report."""
 
-import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,67 +13,29 @@ from rich.table import Table
 
 from mpvg import runs
 from mpvg.analysis import page, report
-from mpvg.config import RunConfig
-from mpvg.files import atomic_text
-from mpvg.recipes import recipe
-from mpvg.study.pool import run_all
+from mpvg.study.folder import StudyFolder, make_folder
+from mpvg.study.plan import read_study
+from mpvg.study.runner import run_study
 from mpvg.validation import printable
 
-
-@dataclass(frozen=True)
-class Arm:
-    """What is compared: a method, the standard deviation at which its PE starts, and a number of epochs."""
-
-    label: str
-    method: str
-    pos_std: float | None
-    epochs: int
-
-    def run(self, base: RunConfig, seed: int, out: Path) -> RunConfig:
-        """The arm's run with a seed."""
-        std = "" if self.pos_std is None else f"-posstd{self.pos_std:g}"
-        return replace(
-            base,
-            method=self.method,
-            epochs=self.epochs,
-            seed=seed,
-            threads=1,
-            device="cpu",
-            out=str(out / f"{self.method}{std}-{self.epochs}ep-seed{seed}"),
-            network=replace(base.network, pos_std=self.pos_std),
-        )
-
-
-DEMOS = {
-    "digits": recipe(None, "digits"),
-    "fashion-mnist": replace(recipe(None, "fashion-mnist"), model="vit_mini_patch7_28", epochs=1),
-}
-"""Data set -> the config that the demo trains there."""
-
-SEEDS = (0, 1)
-LONGER = 4
-"""The second budget, as a multiple of the first."""
-
-
-def make_arms(epochs: int) -> dict[str, Arm]:
-    """What the demo trains, by the names that its sentence uses."""
-    return {
-        "gap": Arm("GAP", "gap", None, epochs),
-        "gap_std1": Arm("GAP, PE std 1", "gap", 1.0, epochs),
-        "pvg": Arm("PVG", "pvg", None, epochs),
-        "mpvg": Arm("MPVG", "mpvg", None, epochs),
-        "gap_long": Arm("GAP", "gap", None, LONGER * epochs),
-        "mpvg_long": Arm("MPVG", "mpvg", None, LONGER * epochs),
-    }
+STUDIES = {"digits": "demo", "fashion-mnist": "demo_fashion"}
+"""Data set -> the ready study that the demo runs there."""
+LONG = "_long"
+"""How the name of an arm ends that repeats another one with a larger budget."""
 
 
 @dataclass(frozen=True)
 class Trained:
     """The runs of an arm, one per seed."""
 
-    arm: Arm
+    label: str
     summaries: list[dict[str, Any]]
     runs: list[runs.Run]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of each run."""
+        return int(self.summaries[0]["epochs"])
 
     @property
     def accuracies(self) -> list[float]:
@@ -94,31 +55,50 @@ Results = Mapping[str, Trained]
 def demo(data: str, out: Path) -> None:
     """Trains GAP, GAP with its PE started at std 1, PVG and MPVG, and prints what happened.
 
-    Two seeds each; GAP and MPVG also at four times the budget. Runs of an interrupted demo in the same folder are
-    continued. Writes report.html, its two figures as .svg and .png, and results.jsonl, one line per run, into `out`.
+    Two seeds each; GAP and MPVG also at four times the budget. An interrupted demo in the same folder is continued.
+    Writes report.html and its two figures as .svg and .png into `out`, which is the folder of a study.
 
     Args:
-        data: one of DEMOS.
-        out: folder of the runs and the report.
+        data: one of STUDIES.
+        out: folder of the study and the report.
 
     Raises:
-        As `mpvg.training.train`.
+        ValueError: a run diverged, or another command is doing it; else as `mpvg.study.runner.run_study`.
     """
-    base = DEMOS[data]
-    arms = make_arms(base.epochs)
-    plan = {(name, seed): arm.run(base, seed, out) for name, arm in arms.items() for seed in SEEDS}
-    summaries = run_all(list(plan.values()))
-    folders = {name: [plan[name, seed].out for seed in SEEDS] for name in arms}
-    results = {
-        name: Trained(arm, [summaries[path] for path in folders[name]], [runs.load(path) for path in folders[name]])
-        for name, arm in arms.items()
-    }
-    records = "".join(json.dumps(summaries[config.out]) + "\n" for config in plan.values())
-    atomic_text(out / "results.jsonl", records)
+    study = read_study(STUDIES[data])
+    folder = make_folder(out, study, next(iter(study.scales)))
+    run_study(folder)
+    results = collect(folder)
     Console().print(_table(results))
     sentence = what_shrinks(results)
     print(sentence)
-    print("\nreport: " + printable(str(_write_report(data, base, results, sentence, out))))
+    print("\nreport: " + printable(str(_write_report(data, results, sentence, out))))
+
+
+def collect(folder: StudyFolder) -> dict[str, Trained]:
+    """The runs of the demo by arm.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    done = {row.key for row in folder.rows() if row.status == "done"}
+    found: dict[str, list[runs.Run]] = {arm.name: [] for arm in folder.study.arms}
+    for cell in folder.cells():
+        if cell.key not in done:
+            raise ValueError(
+                f"the demo has no result for {cell.folder}: it diverged, or another command is training it; "
+                "give the same command again later, or another --out"
+            )
+        found[cell.arm].append(runs.load(folder.path / cell.folder))
+    labels = {arm: folder.study.arm(arm.removesuffix(LONG)).label for arm in found}
+    return {arm: Trained(labels[arm], [_summary(run) for run in own], own) for arm, own in found.items()}
+
+
+def _summary(run: runs.Run) -> dict[str, Any]:
+    summary = run.summary()
+    if summary is None:
+        raise ValueError(f"{run.path / 'summary.json'} is missing, although the ledger has the run; give another --out")
+    return summary
 
 
 def what_shrinks(results: Results) -> str:
@@ -126,12 +106,12 @@ def what_shrinks(results: Results) -> str:
     mean = {name: trained.mean for name, trained in results.items()}
     short, long = mean["mpvg"] - mean["gap"], mean["mpvg_long"] - mean["gap_long"]
     verdict = "shrinks to" if abs(long) < abs(short) else "does not shrink:"
-    epochs = results["gap"].arm.epochs
+    epochs, seeds = results["gap"].epochs, len(results["gap"].summaries)
     budget = f"{epochs} epoch{'s' if epochs > 1 else ''}"
     return (
-        f"MPVG - GAP is {short:+.2f} points at {budget} and {verdict} {long:+.2f} at {results['gap_long'].arm.epochs}; "
+        f"MPVG - GAP is {short:+.2f} points at {budget} and {verdict} {long:+.2f} at {results['gap_long'].epochs}; "
         f"at {budget} starting GAP's PE at std 1 alone makes {mean['gap_std1'] - mean['gap']:+.2f}, "
-        f"and PVG {mean['pvg'] - mean['gap']:+.2f} (means of {len(SEEDS)} seeds: this shows what moves, not who wins)."
+        f"and PVG {mean['pvg'] - mean['gap']:+.2f} (means of {seeds} seeds: this shows what moves, not who wins)."
     )
 
 
@@ -142,8 +122,8 @@ def table_rows(results: Results) -> list[list[str]]:
     """The table of the demo as text, a row per arm, in the order of COLUMNS."""
     return [
         [
-            trained.arm.label,
-            str(trained.arm.epochs),
+            trained.label,
+            str(trained.epochs),
             f"{trained.mean:.2f}",
             " ".join(f"{value:.2f}" for value in trained.accuracies),
             f"{statistics.mean(summary['nll'] for summary in trained.summaries):.4f}",
@@ -163,12 +143,12 @@ def _table(results: Results) -> Table:
     return table
 
 
-def _write_report(data: str, base: RunConfig, results: Results, sentence: str, out: Path) -> Path:
+def _write_report(data: str, results: Results, sentence: str, out: Path) -> Path:
     """Writes the report of all runs, with the sentence and the learning curves below its table of the runs."""
     from mpvg import figures
 
     curves = {
-        f"{trained.arm.label} ({trained.arm.epochs} epochs)": [
+        f"{trained.label} ({trained.epochs} epochs)": [
             [line["accuracy"] for line in run.metrics()] for run in trained.runs
         ]
         for trained in results.values()
@@ -177,7 +157,7 @@ def _write_report(data: str, base: RunConfig, results: Results, sentence: str, o
     figures.save(drawn, out / "curves.svg", out / "curves.png")
     summary = results["gap"].summaries[0]
     made = (
-        f"{base.model}; commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, "
+        f"{summary['model']}; commit {summary['commit']}, {summary['hardware']}, torch {summary['torch']}, "
         f"{summary['date'][:10]}"
     )
     caption = "Accuracy on the test images after each epoch; a band is the range over the seeds."

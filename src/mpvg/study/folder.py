@@ -19,8 +19,9 @@ import torch
 import yaml
 
 from mpvg.config import RunConfig
-from mpvg.files import atomic_text, cannot_write, read_regular
+from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
 from mpvg.models import create_model
+from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
 from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
 from mpvg.validation import check, parse_yaml
@@ -105,7 +106,8 @@ class StudyFolder:
             except BlockingIOError:
                 yield False
                 return
-            yield True
+            with closed_in_children(number):  # a loader worker would keep the run of a process that was killed
+                yield True
             file.unlink(missing_ok=True)  # whoever waits for the old file finds the run in the ledger
         finally:
             os.close(number)
@@ -136,7 +138,7 @@ def make_folder(
                 raise ValueError(f"{path} holds {what}; give another --out, or the study that it was made with")
         if seeds is None:
             return found
-    elif path.exists() and any(path.iterdir()):
+    elif path.exists() and not all(is_temporary(entry.name) for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty and holds no study; give another --out")
     path.mkdir(parents=True, exist_ok=True)
     values = {**to_dict(study), "run": {"scale": scale, "seeds": seeds, "data": data}}

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mpvg.config import RunConfig, flatten
+from mpvg.delivery import as_spec
 from mpvg.files import read_regular
 from mpvg.recipes import recipe, scale_schedule
+from mpvg.study.paper import printed_table
 from mpvg.validation import build, check, parse_yaml, shown, unknown_name
 
 MAX_BYTES = 2**16
@@ -192,6 +194,8 @@ def study_from(values: Any) -> Study:
     plain = {key: value for key, value in values.items() if key not in ("study", "scales", *parts)}
     study: Study = build(Study, {**plain, **parts, "scales": {}}, "")
     study = replace(study, scales=scales)
+    if study.table is not None:
+        printed_table(study.table)
     _check(study)
     return study
 
@@ -232,22 +236,24 @@ def _check(study: Study) -> None:
             name = f"scales.{scale}.{setting.name}"
             check(f"{name}.seeds", setting.seeds, 1 <= setting.seeds <= 10_000, "a whole number in [1, 10000]")
             for arm in study.arms:
-                make_config(study, setting, arm, seed=arm.first_seed)
+                make_config(setting, arm)
 
 
-def make_config(study: Study, setting: Setting, arm: Arm, *, seed: int, data: str | None = None) -> RunConfig:
-    """The config of a run.
+def make_config(setting: Setting, arm: Arm, *, data: str | None = None) -> RunConfig:
+    """The config of an arm in a setting, for any seed and folder.
 
     Raises:
         ValueError: a field is unknown, or its value is not allowed.
     """
     try:
-        return _with_fields(_with_fields(recipe(setting.recipe, data), setting.set), arm.set, seed=seed)
+        config = _with_fields(_with_fields(recipe(setting.recipe, data), setting.set), arm.set)
+        as_spec(config.method)
+        return config
     except ValueError as error:
         raise ValueError(f"arm {arm.name} in setting {setting.name}: {error}") from error
 
 
-def _with_fields(config: RunConfig, fields: Mapping[str, Any], **more: Any) -> RunConfig:
+def _with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     flat = flatten(config.to_dict())
     for name in fields:
         if name not in flat or name in _SET_BY_THE_STUDY:
@@ -257,7 +263,7 @@ def _with_fields(config: RunConfig, fields: Mapping[str, Any], **more: Any) -> R
     if type(epochs) is int:
         flat = flatten(scale_schedule(config, epochs).to_dict())
     values: dict[str, Any] = {}
-    for name, value in (flat | dict(fields) | more).items():
+    for name, value in (flat | dict(fields)).items():
         part, _, inner = name.rpartition(".")
         (values.setdefault(part, {}) if part else values)[inner] = value
     return RunConfig.from_dict(values)
@@ -281,9 +287,10 @@ def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None,
     place: dict[str, Any] = {} if scale == "paper" else {"threads": 1, "device": "cpu"}
     cells = []
     for setting in study.settings(scale):
+        configs = [(arm, replace(make_config(setting, arm, data=data), **place)) for arm in study.arms]
         for number in range(seeds or setting.seeds):
-            for arm in study.arms:
-                config = make_config(study, setting, arm, seed=arm.first_seed + number, data=data)
-                cell = Cell(setting.name, arm.name, config)
-                cells.append(replace(cell, config=replace(config, out=str(out / cell.folder), **place)))
+            for arm, config in configs:
+                seed = arm.first_seed + number
+                cell = Cell(setting.name, arm.name, replace(config, seed=seed))
+                cells.append(replace(cell, config=replace(cell.config, out=str(out / cell.folder))))
     return cells

@@ -25,6 +25,7 @@ from mpvg import runs, training
 from mpvg.files import read_regular
 from mpvg.runs.checkpoints import CHECKSUMS, MAX_JSON_BYTES, checkpoint_folder
 from mpvg.runs.environment import commit, hardware
+from mpvg.runs.lock import RunLockedError
 from mpvg.study.folder import StudyFolder, open_folder
 from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
 from mpvg.study.plan import Cell
@@ -38,13 +39,19 @@ def work(path: Path) -> None:
     """Takes runs of a study until all that are missing are done, or being done by others.
 
     Raises:
+        RunLockedError: another process writes a run; the others are done.
         As `mpvg.training.train`, without NonFiniteLoss: a run that diverges is a row of the ledger.
     """
-    folder = open_folder(path)
+    folder, locked = open_folder(path), None
     for cell in folder.missing():
         with folder.claim(cell.key) as mine:
             if mine and all(row.key != cell.key for row in read_ledger(folder.ledger)):
-                append_row(folder.ledger, run_cell(folder, cell))
+                try:
+                    append_row(folder.ledger, run_cell(folder, cell))
+                except RunLockedError as error:
+                    locked = error
+    if locked:
+        raise locked
 
 
 def run_cell(folder: StudyFolder, cell: Cell) -> Row:
@@ -61,8 +68,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         else:
             summary = training.train(config, quiet=True)
         values |= _of_summary(summary, config.task)
-        checksums = parse_json(read_regular(checkpoint_folder(out, "last") / CHECKSUMS, MAX_JSON_BYTES))
-        values["weights"] = checksums["model.safetensors"]
+        values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
     info = runs.load(out).info
@@ -88,6 +94,12 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
     )
 
 
+def weights_hash(run: Path) -> str:
+    """SHA-256 of the weights of a run's last checkpoint."""
+    checksums = parse_json(read_regular(checkpoint_folder(run, "last") / CHECKSUMS, MAX_JSON_BYTES))
+    return str(checksums["model.safetensors"])
+
+
 def _of_summary(summary: dict[str, Any], task: str) -> dict[str, Any]:
     kind = task_class(task)
     return {
@@ -98,12 +110,13 @@ def _of_summary(summary: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def run_study(folder: StudyFolder, workers: int | None = None) -> None:
+def run_study(folder: StudyFolder, workers: int | None = None, *, blind: bool = False) -> None:
     """Does what is missing, with worker processes on this machine.
 
     Args:
         folder: of the study.
         workers: processes; None: one for each GPU where runs may use one, else one for each core.
+        blind: do not show what comes out of the runs.
 
     Raises:
         KeyboardInterrupt: a signal; every run is saved.
@@ -125,7 +138,7 @@ def run_study(folder: StudyFolder, workers: int | None = None) -> None:
     with _signals_to(processes) as received:
         for process in processes:
             process.start()
-        _watch(folder, processes, console, lambda: bool(received) or not errors.empty())
+        _watch(folder, processes, console, lambda: bool(received) or not errors.empty(), blind)
         if not errors.empty():
             raise ValueError(errors.get())
         if received:
@@ -152,7 +165,7 @@ def _worker(path: Path, errors: Any, gpu: int | None) -> None:
     """A worker process."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(path)
     except KeyboardInterrupt as stop:
@@ -162,11 +175,12 @@ def _worker(path: Path, errors: Any, gpu: int | None) -> None:
         sys.exit(2)
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """Ends a worker, whose run is saved first, when the process that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(2)
-    os.kill(os.getpid(), signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -191,7 +205,9 @@ def _signals_to(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(folder: StudyFolder, processes: Sequence[BaseProcess], console: Console, stops: Callable[[], bool]) -> None:
+def _watch(
+    folder: StudyFolder, processes: Sequence[BaseProcess], console: Console, stops: Callable[[], bool], blind: bool
+) -> None:
     """Shows what is done until the workers end."""
     cells = folder.cells()
     seen = {row.key for row in read_ledger(folder.ledger)}
@@ -205,7 +221,8 @@ def _watch(folder: StudyFolder, processes: Sequence[BaseProcess], console: Conso
             for row in read_ledger(folder.ledger):
                 if row.key not in seen:
                     seen.add(row.key)
-                    text = f"{len(seen)}/{len(cells)} done  {row.setting}  {row.arm}  seed {row.seed}  {describe(row)}"
+                    result = "" if blind else f"  {describe(row)}"
+                    text = f"{len(seen)}/{len(cells)} done  {row.setting}  {row.arm}  seed {row.seed}{result}"
                     progress.console.print(printable(text), markup=False)
             progress.update(bar, completed=len(seen))
 

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from mpvg.data import ImageBatch
+from mpvg.training.normalization import describe_normalization
 
 if TYPE_CHECKING:
     from mpvg.training.loop import Trainer
@@ -33,6 +34,7 @@ def describe_start(trainer: "Trainer") -> str:
         f"{info.num_classes} classes, {parameters:,} parameters",
         f"{config.epochs} x {len(trainer.data.train)} steps on {device}, recipe {config.recipe}",
         *taken_weights(trainer),
+        *describe_normalization(config),
         *([f"from step {step}"] if step else []),
     ]
     return ", ".join(parts)
@@ -67,9 +69,14 @@ def describe_cost(trainer: "Trainer", *, measure: bool) -> list[str]:
     ]
     if not measure:
         return [*lines, "time: not known; --measure trains a few steps to see"]
+    hours, rate = training_hours(trainer)
+    return [*lines, f"time: about {hours:.2g} hours at {rate:.0f} images/s, without evaluation"]
+
+
+def training_hours(trainer: "Trainer") -> tuple[float, float]:
+    """The hours that a run takes without evaluation, and its images per second, measured over a few steps."""
     rate = images_per_second(trainer)
-    seconds = config.epochs * len(trainer.data.train) * config.batch_size / rate
-    return [*lines, f"time: about {seconds / 3600:.2g} hours at {rate:.0f} images/s, without evaluation"]
+    return trainer.config.epochs * len(trainer.data.train) * trainer.config.batch_size / rate / 3600, rate
 
 
 def step_bytes(trainer: "Trainer", images: int) -> tuple[float, float]:

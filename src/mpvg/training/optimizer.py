@@ -22,8 +22,12 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The timm optimizer that the config names; 1-D parameters and those that the network exempts get no weight decay.
 
+    A parameter's rate is, at every step, the schedule's times the first factor of `optim.rates` whose pattern matches.
+    The factor multiplies what `optim.layer_decay` or `optim.body_lr` give the parameter.
+
     Raises:
-        ValueError: timm has no such optimizer, or it needs arguments that the config does not have.
+        ValueError: timm has no such optimizer, or it needs arguments that the config does not have; a pattern is not
+            valid, or matches no parameter that is trained.
     """
     optim = config.optim
     freeze(model, optim.frozen)
@@ -55,14 +59,14 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
 
 
 def _apply_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Splits the groups by the factors on their learning rates; timm's schedules multiply by a group's `lr_scale`.
-
-    Raises:
-        ValueError: a pattern is not valid, or matches no parameter that is trained.
-    """
+    """Splits the groups by the factors on their learning rates; timm's schedules multiply by a group's `lr_scale`."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     factors: dict[int, float] = {}
     for pattern, factor in reversed(list(rates.items())):  # the first pattern is written last, so it counts
-        factors |= {id(parameter): factor for parameter in _matching(model, pattern, "optim.rates")}
+        matching = set(map(id, _matching(model, pattern, "optim.rates"))) & trained
+        if not matching:
+            raise ValueError(f"optim.rates: {pattern!r} matches frozen parameters only; leave it out, or train them")
+        factors |= dict.fromkeys(matching, factor)
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         for factor in dict.fromkeys(factors.get(id(parameter), 1.0) for parameter in group["params"]):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from mpvg.config import RunConfig
 from mpvg.runs import ensure_new_run_dir
-from mpvg.training.estimate import describe_cost, describe_start
+from mpvg.training.estimate import describe_cost, describe_start, training_hours
 from mpvg.training.loop import Trainer
+from mpvg.training.normalization import with_weights_normalization
 
 
 def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
@@ -19,5 +20,14 @@ def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
         As `train`.
     """
     ensure_new_run_dir(Path(config.out))
-    trainer = Trainer.create(config, quiet=True)
+    trainer = Trainer.create(with_weights_normalization(config), quiet=True)
     return [describe_start(trainer), *describe_cost(trainer, measure=measure)]
+
+
+def measure_hours(config: RunConfig) -> float:
+    """The hours that `train` would take here without evaluation, after training a few steps that are not kept.
+
+    Raises:
+        As `train`.
+    """
+    return training_hours(Trainer.create(config, quiet=True))[0]

@@ -1,0 +1,230 @@
+"""Runs a small study in real processes: killed, shared, stopped, diverging."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from mpvg import runs
+from mpvg.cli.main import main
+from mpvg.files import temp_path
+from mpvg.runs.lock import RunLockedError
+from mpvg.study.folder import make_folder, open_folder
+from mpvg.study.ledger import Row, read_ledger
+from mpvg.study.plan import Study, parse_study
+from mpvg.study.replay import choose_row, replay
+from mpvg.study.runner import run_cell, work
+from study_text import TEXT
+
+KILLS = 5
+"""Thirty, of the whole command, are in benchmarks/study_kills.py."""
+
+
+def start(file: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "mpvg", "study", str(file), "--out", str(out), "--workers", "1", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def worker(path: Path) -> BaseProcess:
+    """A worker in a process of its own, which need not import everything again."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=(path,))
+    process.start()
+    return process
+
+
+def test_workers_that_are_killed_again_and_again_lose_and_double_nothing(study: Study, tmp_path: Path) -> None:
+    folder, draw = make_folder(tmp_path / "out", study, "tiny", seeds=3), random.Random(0)
+    rows: list[Row] = []
+    for _ in range(KILLS):
+        process = worker(folder.path)
+        process.join(draw.uniform(0.1, 1.2))
+        process.kill()
+        process.join()
+        now = read_ledger(folder.ledger)
+        assert now[: len(rows)] == rows, "a row was lost or changed"
+        rows = now
+    process = worker(folder.path)
+    process.join(120)
+    assert process.exitcode == 0
+    assert sorted(row.key for row in folder.rows()) == sorted(cell.key for cell in folder.cells())
+    for row in folder.rows():  # every run folder is kept, and is what its row says
+        summary = runs.load(folder.path / row.run).summary()
+        assert summary is not None
+        assert {name: summary[name] for name in row.metrics} == row.metrics
+
+
+def test_workers_of_two_commands_share_the_work(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=3)
+    processes = [worker(folder.path) for _ in range(3)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sorted(row.key for row in folder.rows()) == sorted(cell.key for cell in folder.cells())
+    assert not any((folder.path / "claims").iterdir())
+
+
+def test_the_command_ends_with_tables_and_does_nothing_twice(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["study", str(study_file), "--out", str(out), "--workers", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 6 runs are missing; 1 at a time" in printed
+    assert "digits: PVG - GAP: nll" in printed
+    assert {file.name for file in out.glob("*.*")} == {
+        *("study.yaml", "ledger.jsonl", "table.md", "table.tex", "table.html", "table.csv", "results.json", "bars.svg")
+    }
+    content = (out / "ledger.jsonl").read_bytes()
+    assert main(command) == 0
+    assert (out / "ledger.jsonl").read_bytes() == content
+
+
+def test_a_claimed_run_is_left_to_its_worker(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny")
+    key = folder.cells()[0].key
+    with folder.claim(key) as mine, folder.claim(key) as second:
+        assert (mine, second) == (True, False)
+    with folder.claim(key) as mine:
+        assert mine
+
+
+def test_sigterm_saves_the_runs_and_says_how_to_continue(study_file: Path, tmp_path: Path) -> None:
+    text = study_file.read_text().replace("epochs: 1,", "epochs: 400,")
+    study_file.write_text(text)
+    out = tmp_path / "out"
+    process = start(study_file, out)
+    runs_made = out / "runs/digits/gap/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not runs_made.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 143, printed
+    assert "every run is saved, give the same command again" in printed
+    assert read_ledger(out / "ledger.jsonl") == []
+
+
+def test_a_run_that_diverges_is_a_row_and_is_not_drawn_again(tmp_path: Path) -> None:
+    study = parse_study(TEXT.replace("{method: pvg}", "{method: pvg, lr: 1.0e+30}").encode(), "mini.yaml")
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    work(folder.path)
+    rows = {row.arm: row for row in folder.rows()}
+    assert (rows["pvg"].status, rows["pvg"].metrics) == ("diverged", {})
+    assert "the loss is" in rows["pvg"].reason
+    assert folder.missing() == []
+    number = [row.arm for row in folder.rows()].index("pvg") + 1
+    assert replay(*choose_row(folder.ledger, number), tmp_path / "again").agrees
+
+
+def test_a_complete_run_without_a_row_is_recorded_and_not_trained_again(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    first = run_cell(folder, folder.cells()[0])
+    written = (folder.path / first.run / "summary.json").stat().st_mtime_ns
+    again = run_cell(folder, folder.cells()[0])
+    assert (folder.path / first.run / "summary.json").stat().st_mtime_ns == written
+    assert (again.metrics, again.weights) == (first.metrics, first.weights)
+
+
+def test_another_run_in_the_place_of_one_of_the_study_is_refused(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    gap, pvg = folder.cells()[:2]
+    run_cell(folder, gap)
+    (folder.path / "runs/digits/pvg").mkdir(parents=True)
+    (folder.path / gap.folder).rename(folder.path / pvg.folder)
+    with pytest.raises(ValueError, match="holds a run with another config than this plan's; remove it"):
+        run_cell(folder, pvg)
+
+
+def test_a_row_is_run_again_to_the_bit(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    work(folder.path)
+    assert main(["replay", str(folder.ledger), "--row", "2"]) == 0
+    assert "the weights are the same to the bit" in capsys.readouterr().out
+    text = folder.ledger.read_text().replace(folder.rows()[1].weights or "", "0" * 64)
+    folder.ledger.write_text(text)
+    assert main(["replay", str(folder.ledger), "--row", "2"]) == 1
+    assert "the weights differ, although torch and the hardware are the row's" in capsys.readouterr().out
+    assert main(["replay", str(folder.ledger), "--row", "9"]) == 2
+    assert "--row is 9; allowed: 1 to 3" in capsys.readouterr().err
+
+
+def test_elsewhere_a_row_is_compared_with_its_arms_other_seeds(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=3)
+    work(folder.path)
+    folder.ledger.write_text(folder.ledger.read_text().replace('"hardware": "', '"hardware": "other, '))
+    row, others = choose_row(folder.ledger, 1)
+    assert [other.arm for other in others] == [row.arm] * 2
+    found = replay(row, others, tmp_path / "again")
+    assert found.agrees
+    assert found.lines[-1] == "the weights are the same to the bit"
+    far = [type(row)(**{**vars(other), "metrics": {"accuracy": 0.9, "nll": 9 + n}}) for n, other in enumerate(others)]
+    moved = type(row)(**{**vars(row), "weights": "0" * 64, "metrics": {"accuracy": 0.9, "nll": 9.0}})
+    assert not replay(moved, far, tmp_path / "third").agrees
+
+
+def test_a_run_that_another_machine_holds_stops_only_itself(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
+    cell = folder.cells()[0]
+    run_cell(folder, cell)
+    (folder.path / cell.folder / "summary.json").unlink()
+    (folder.path / cell.folder / ".lock").write_text('{"pid": 5, "host": "elsewhere", "boot": "other"}')
+    with pytest.raises(RunLockedError, match=r"locked by pid 5 on elsewhere.*--break_lock"):
+        work(folder.path)
+    assert [one.key for one in folder.missing()] == [cell.key]
+
+
+def _hold_with_a_child(path: Path, started: Connection) -> None:
+    """Claims a run and forks a child that outlives this process, as a loader worker may."""
+    folder = open_folder(path)
+    with folder.claim(folder.cells()[0].key):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        started.send(child)
+        time.sleep(60)
+
+
+def test_a_claim_ends_with_its_process_although_a_child_lives_on(study: Study, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "out", study, "tiny")
+    key = folder.cells()[0].key
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold_with_a_child, args=(folder.path, there))
+    process.start()
+    child = here.recv()
+    with folder.claim(key) as mine:
+        assert not mine
+    process.kill()
+    process.join()
+    with folder.claim(key) as mine:
+        assert mine
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_study_that_was_killed_while_its_plan_was_written_starts_anew(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    temp_path(out / "study.yaml").write_text("study:")
+    assert make_folder(out, study, "tiny").missing()
+
+
+def test_a_pilot_shows_no_arms_result(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["study", str(study_file), "--out", str(out), "--workers", "1", "--seeds", "2", "--pilot"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "6/6 done" in printed
+    assert "seeds" in printed
+    for row in read_ledger(out / "ledger.jsonl"):
+        for value in row.metrics.values():
+            assert f"{value:.4f}" not in printed
+            assert f"{100 * value:.2f}" not in printed
