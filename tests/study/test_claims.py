@@ -102,7 +102,7 @@ def test_the_papers_tables_as_data() -> None:
 def test_what_is_generated_is_what_the_repository_holds() -> None:
     """`make results` rewrites it; the pictures are made again and compared by test_the_pictures below."""
     for file, text in generated(ROOT, read_results(ROOT / "results")).items():
-        assert file.read_text("utf-8") == text, f"{file} is not what `make results` writes"
+        assert file.read_bytes().decode() == text, f"{file} is not what `make results` writes"
 
 
 def test_the_pictures_are_those_of_the_ledgers(tmp_path: Path) -> None:
