@@ -82,7 +82,7 @@ def parse_config(content: bytes, name: str, newest: int, hint: str, *, default: 
     try:
         values = parse_yaml(content)
     except ValueError as error:
-        raise ValueError(f"{name} is not readable YAML ({error}); {hint}") from error
+        raise ValueError(f"{name} is not readable YAML ({printable(str(error))}); {hint}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{name} holds no keys; {hint}")
     format = values.pop("format", default)

@@ -44,7 +44,7 @@ ODD: dict[str, Odd] = {
     "expanded to a terabyte": lambda t: torch.zeros(1).expand(2**19, 2**19),
     "sparse": lambda t: t.to_sparse(),
     "sparse rows": lambda t: t.reshape(len(t) if t.ndim else 1, -1).to_sparse_csr(),
-    "sparse and large": lambda t: torch.sparse_coo_tensor([[0]], [1.0], (2**50,)),
+    "sparse and large": lambda t: torch.sparse_coo_tensor(torch.tensor([[0]]), [1.0], (2**50,)),
     "nested": lambda t: torch.nested.nested_tensor([t.flatten(), t.flatten()[:1]]),
     "jagged": lambda t: torch.nested.nested_tensor([t.flatten(), t.flatten()[:1]], layout=torch.jagged),
     "parameter": nn.Parameter,
