@@ -90,7 +90,8 @@ def test_it_is_analyzed_as_before(run: Path) -> None:
         given, expected = dict(numbers(found[which])), dict(numbers(EXPECTED["analyze"][which]))
         given = {path: value for path, value in given.items() if not path.startswith("/missing")}
         expected = {path: value for path, value in expected.items() if not path.startswith("/missing")}
-        assert given.keys() == expected.keys()
+        assert given.keys() >= expected.keys()  # the analysis measures more than it did then
+        given = {path: given[path] for path in expected}
         if same_machine():
             assert given == expected
         for path, value in expected.items():

@@ -119,8 +119,8 @@ def test_the_command_prints_every_form_and_writes_all(
     assert "runs: pvg - gap: nll" in capsys.readouterr().out
     assert (tmp_path / "out" / "bars.svg").exists()
     for flag, begins in (
-        ("--markdown", "# What"),
-        ("--latex", r"\begin{table}"),
+        ("--markdown", "# compare: What"),
+        ("--latex", "% compare: What"),
         ("--csv", "setting,"),
         ("--json", "{"),
     ):

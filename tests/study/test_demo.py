@@ -138,7 +138,7 @@ def test_the_demo_continues_what_was_begun_and_ends_with_a_page_that_needs_nothi
 
     page = Page((out / "report.html").read_text())
     assert all(link.split("=", 1)[1].startswith(("#", "data:")) for link in page.fetched), page.fetched
-    assert page.count["table"] == 2  # the runs, and r at every layer; the demo has no second table of the runs
+    assert page.count["table"] == 3  # the runs, r at every layer, and its parts; no second table of the runs
     head, *rows = page.rows[:7]
     assert head[:6] == ["runs", "seeds", "images", "accuracy, %", "each seed, %", "NLL"]
     shown = ["gap, 1", "gap, PE std 1, 1", "pvg, 1", "mpvg, 1", "gap, 2", "mpvg, 2"]
