@@ -2,6 +2,7 @@
 
     nice -n 19 python benchmarks/fuzz.py --examples 10000 --json benchmarks/records/fuzz.json      # an hour or more
 
+Targets that the file already has from the same command are not tried again, so an interrupted soak continues.
 Exit status: 0 if every example of every target is handled, 1 otherwise; what is not handled is printed.
 """
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
 
 from fuzz_strategies import TARGETS, Target  # noqa: E402  as the tests use them
+from mpvg.files import write_json  # noqa: E402
 from mpvg.runs.environment import environment  # noqa: E402
 
 MAX_LINE = 3000
@@ -37,15 +39,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    targets = {}
-    for name in (name for name in TARGETS if given.only in name):
+    targets = finished(given.json, given.examples, given.seed)
+    for name in (name for name in TARGETS if given.only in name and name not in targets):
         targets[name] = attempt(TARGETS[name], given.examples, given.seed)
         print(f"{name:45s} {targets[name]['examples']:6d} examples, {targets[name]['seconds']:7.1f} s", flush=True)
         print(targets[name]["problem"] or "", end="", flush=True)
         if given.json:
             result = {"asked for": given.examples, "seed": given.seed, "targets": targets, "environment": environment()}
-            given.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(given.json, result)
     return any(found["problem"] for found in targets.values())
+
+
+def finished(file: Path | None, examples: int, number: int) -> dict[str, Any]:
+    """The targets that the same command has already tried without finding a problem, from its file."""
+    if file is None or not file.exists():
+        return {}
+    before = json.loads(file.read_text())
+    if (before["asked for"], before["seed"]) != (examples, number):
+        return {}
+    return {name: found for name, found in before["targets"].items() if not found["problem"]}
 
 
 def attempt(target: Target, examples: int, number: int) -> dict[str, Any]:
