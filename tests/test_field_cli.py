@@ -20,11 +20,13 @@ import yaml
 from PIL import Image
 
 import mpvg
-from mpvg import runs, training
+from mpvg import models, runs, training
+from mpvg.analysis.networks import sizes
 from mpvg.cli.main import main
 from mpvg.config import OptimConfig
 from mpvg.data import ImageBatch
 from mpvg.files import csv_text
+from mpvg.models.vision_transformer import DeliveredBlock
 from mpvg.recipes import RECIPES, recipe, scale_schedule
 from mpvg.training.estimate import checkpoint_bytes, example_batch, kept_for_backward, optimizer_bytes
 from mpvg.training.loop import Trainer
@@ -348,6 +350,37 @@ def test_text_is_read_and_written_as_utf_8() -> None:
 # ---- U3, U4, U5: what is said
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "analyze"])
+def test_memory_that_runs_out_is_one_line(
+    verb: str, two_epochs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    def lacking(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    image = tmp_path / "five.png"
+    Image.new("L", (8, 8)).save(image)
+    monkeypatch.setattr(DeliveredBlock, "forward", lacking)
+    arguments = {"predict": [str(image)], "analyze": ["--out", str(tmp_path / "report")]}
+    said = refused(verb, two_epochs, *arguments.get(verb, []))
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB; memory is used up: give " in said
+    assert {"evaluate": "a smaller --batch_size than 256", "analyze": "fewer --images"}.get(verb, "") in said
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "1.5", "x", "99999999999", "\u0661"])
+def test_a_batch_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "RUN", f"--batch_size={size}"])
+    assert "give a whole number >= 1" in capsys.readouterr().err
+
+
+def test_the_batch_size_of_evaluation_changes_no_score(two_epochs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for flags in ([], ["--batch_size", "7"]):
+        assert main(["evaluate", str(two_epochs), *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_lists_say_what_there_is_to_choose_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     rows = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
@@ -358,14 +391,19 @@ def test_lists_say_what_there_is_to_choose_from(capsys: pytest.CaptureFixture[st
         assert len(row[5]) > 10
 
 
-def test_models_are_listed_with_their_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpvg.models.model_names", lambda: ["deit_tiny_patch16_224", "vit_mini_patch2_8"])
+def test_models_are_listed_with_their_size(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert re.split(r" {2,}", lines[0]) == ["model", "image", "layers", "parameters", "GFLOPs", "recipes"]
-    row = re.split(r" {2,}", lines[1])
-    assert row[:4] == ["deit_tiny_patch16_224", "3 x 224 x 224", "12", "5,721,640"]
-    assert row[5] == "folder, finetune, deit_tiny"
+    rows = [re.split(r" {2,}", line) for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
+    assert rows[0] == ["model", "image", "layers", "parameters", "GFLOPs", "recipes"]
+    found = {row[0]: row[1:] for row in rows[1:]}
+    assert found["deit_tiny_patch16_224"][:3] == ["3 x 224 x 224", "12", "5,721,640"]
+    assert found["deit_tiny_patch16_224"][4] == "folder, finetune, deit_tiny"
+
+
+def test_the_sizes_of_models_are_what_is_counted() -> None:
+    """If this fails: python -m mpvg.analysis.networks."""
+    listed = json.loads((Path(models.__file__).with_name("sizes.json")).read_text())
+    assert sizes() == listed
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])

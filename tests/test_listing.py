@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from mpvg import figures, runs
 from mpvg.cli.main import main
@@ -48,9 +51,25 @@ def test_run_folders_are_listed_with_their_state(some_runs: Path, capsys: pytest
     assert main(["runs", str(some_runs)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["run", "state", "epochs", "best", "data", "model", "method", "seed"]
-    assert len(printed) == 5
+    assert len(printed[: printed.index("")]) == 5
     assert main(["runs", str(some_runs / "a")]) == 0
-    assert "complete" in capsys.readouterr().out
+    alone = capsys.readouterr().out
+    assert "complete" in alone
+    assert "mean" not in alone
+
+
+def test_complete_runs_that_differ_in_the_seed_have_a_mean(some_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the interval that scipy gives; a copy of a run is no repetition."""
+    shutil.copytree(some_runs / "a", some_runs / "deep/a again")
+    assert main(["runs", str(some_runs)]) == 0
+    shutil.rmtree(some_runs / "deep/a again")
+    titles, *rows = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert titles.split() == ["runs", "seeds", "last", "epoch,", "mean", "(95", "%)"]
+    values = [runs.load(some_runs / name).metrics()[-1]["accuracy"] for name in "ab"]
+    low, high = scipy.stats.t.interval(0.95, 1, np.mean(values), scipy.stats.sem(values))
+    shown = f"accuracy {100 * np.mean(values):.2f} % ({100 * low:.2f} % to {100 * high:.2f} %)"
+    assert [row.split(maxsplit=2)[1:] for row in rows] == [["mpvg", f"2      {shown}"]]
+    assert rows[0].startswith(f"{BASE.model}, mpvg ")
 
 
 def test_seeds_of_a_run_are_one_curve(some_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

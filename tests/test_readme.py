@@ -161,8 +161,6 @@ def test_accuracies_are_those_of_the_records() -> None:
     three = arms("analysis-fashion-mnist")
     for (label, _), cells in three.items():
         assert " | ".join([f"| {label}", *cells[:3]]) in results
-    for at in (fashion["PVG", "1"], fashion["MPVG", "1"]), (three["PVG", "4"], three["MPVG", "4"]):
-        assert f"{at[0][0]} against {at[1][0]} %" in page("README.md")
 
 
 def spread(low: float, middle: float, high: float, digits: int = 3) -> str:
@@ -198,14 +196,9 @@ def test_costs_are_those_of_the_records() -> None:
         networks = ("swin_tiny", "ceit_tiny", "t2t_vit_7", "vit_lite_7")
         cells = [found.get((network, case, ratio), missing) for network in networks]
         assert f"| {label} | {' | '.join(cells)} |" in cost
-    for row in record("overhead-inference-32")["results"][:3]:
-        assert spread(*(row["cpu"][key] for key in ("low", "median", "high"))) in cost
     for name in ("training_rate", "training_rate-deit_tiny"):
         measured = record(name)
         assert f"{spread(*measured['loop / bare, wall'])} | {spread(*measured['control, wall'])}" in cost
-    processes = record("processes")
-    assert spread(*processes["two / one"], digits=2) in cost
-    assert spread(*processes["control"]) in cost
 
 
 def test_memory_is_that_of_the_record() -> None:

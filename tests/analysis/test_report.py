@@ -208,6 +208,8 @@ def test_too_few_images_give_no_interval_and_are_named(of_30_images: Path) -> No
 
 def test_a_method_that_delivers_nothing_says_so(written: Path) -> None:
     page = (written / "report.html").read_text()
+    assert "; weights: last of each run. Commit " in page
+    assert json.loads((written / "results.json").read_text())["weights"] == "last of each run"
     assert "gap-0: the method delivers no PE: tokens are compared with the raw PE" in page
     gap = results(written)["runs"][2]["trained"]
     assert not any(place["delivered"] for place in gap["places"])

@@ -23,12 +23,12 @@ from mpvg.data.named_sets import _find
 from mpvg.data.order import BatchOrder
 from mpvg.data.types import Pipeline
 from mpvg.runs import ensure_new_run_dir
+from mpvg.runs.memory import OutOfMemory
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.tasks.task import sum_device
 from mpvg.training import resume, train
 from mpvg.training.accelerator import make_accelerator, prepare_model
 from mpvg.training.loop import _check_pairs
-from mpvg.training.memory import OutOfMemory
 from mpvg.training.progress import Reporter
 from mpvg.training.state import TrainProgress, _read_progress
 from mpvg.training.stopping import SIGNALS, GracefulShutdown, Interrupted

@@ -19,12 +19,14 @@ from PIL import Image
 from mpvg import runs
 from mpvg.cli.main import main
 from mpvg.data import ImageBatch
+from mpvg.data.loader import count_cores
 from mpvg.runs.checkpoints import read_checkpoint
 from mpvg.tasks.classification import ClassificationTask
 
 Record = Callable[..., dict[str, Any]]
 
-WORKERS = 2
+WORKERS = min(2, count_cores())
+"""As many as a loader starts on this machine."""
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
 """The size and cost of a network with a method, and which networks support which methods."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpvg import models
 from mpvg.delivery import METHODS, DeliverySpec, Method
-from mpvg.models import create_model
+from mpvg.files import write_json
+from mpvg.models import create_model, model_names
 from mpvg.models.network import count_parameters
 
 
@@ -49,6 +52,15 @@ def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
         flops=counter.get_total_flops(),
         image=image,
     )
+
+
+def sizes() -> dict[str, dict[str, Any]]:
+    """Name -> size and cost of every network with method mpvg: what models/sizes.json holds for `mpvg models`."""
+    found = {name: inspect(name, "mpvg") for name in model_names()}
+    return {
+        name: {"image": list(one.image), "depth": one.depth, "parameters": one.parameters, "flops": one.flops}
+        for name, one in found.items()
+    }
 
 
 _COUNTED = ("default", "lape", "pvg", "mpvg")
@@ -153,3 +165,7 @@ def support_table() -> dict[str, dict[str, Support]]:
             earlier = first.setdefault(model.spec, method)
             table[method][column] = Support(same_as=None if earlier is method else earlier)
     return table
+
+
+if __name__ == "__main__":
+    write_json(Path(models.__file__).with_name("sizes.json"), sizes())

@@ -30,6 +30,7 @@ def render(
     pictures: Mapping[str, Path],
     *,
     title: str,
+    weights: str,
     front: str,
 ) -> str:
     """Fills the template.
@@ -40,13 +41,14 @@ def render(
         problems: run -> why it could not be analyzed.
         pictures: name of a figure -> its PNG file.
         title: title of the page.
+        weights: which weights were analyzed, in words.
         front: HTML between the table of the runs and the findings.
     """
     from plotly.offline import get_plotlyjs
 
     missing = {f"{one.name}: {text}" for members in groups.values() for one in members for text in one.trained.missing}
     members = [f"{one.name} on {one.run.config.data}" for several in groups.values() for one in several]
-    made = f"{', '.join(members)}. Commit {commit()}, {hardware()}, torch {torch.__version__}"
+    made = f"{', '.join(members)}; weights: {weights}. Commit {commit()}, {hardware()}, torch {torch.__version__}"
     compared = compare(groups)
     others = {name: path for name, path in pictures.items() if name not in (*_INTERACTIVE, *_PLACED)}
     parts = {

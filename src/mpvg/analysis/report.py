@@ -19,8 +19,9 @@ from mpvg.analysis.sentences import make_sentences, references_of
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.runs import Run
-from mpvg.runs.checkpoints import Which, checkpoint_folder
+from mpvg.runs.checkpoints import SELECTED, Which, checkpoint_folder
 from mpvg.runs.environment import environment
+from mpvg.runs.memory import evaluation_cure, memory_errors
 from mpvg.tasks.task import EMA
 
 IMAGES = 1000
@@ -41,6 +42,11 @@ class Options:
     """Whether to use the averaged weights."""
     sensitivity_images: int = 0
     """Number of images for `mpvg.analysis.sensitivity`, which runs the network about a hundred times; 0: skip it."""
+
+    @property
+    def weights(self) -> str:
+        """Which weights, in words."""
+        return f"{'averaged, ' if self.ema else ''}{self.which} of each run{SELECTED[self.which]}"
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,13 @@ def analyze(paths: Sequence[str | Path], out: Path, options: Options) -> Report:
     analyzed, problems = [], {}
     for path in paths:
         try:
-            analyzed.append(analyze_run(runs.load(path), options))
+            with memory_errors(evaluation_cure("fewer --images")):
+                analyzed.append(analyze_run(runs.load(path), options))
         except (ValueError, OSError) as error:
             problems[str(path)] = str(error)
     if not analyzed:
         raise ValueError("; ".join(f"{path}: {reason}" for path, reason in problems.items()))
-    return write(out, analyzed, problems, title="What position embeddings do")
+    return write(out, analyzed, problems, title="What position embeddings do", weights=options.weights)
 
 
 @torch.inference_mode()
@@ -131,7 +138,13 @@ def _recorded(run: Run, options: Options) -> Scores | None:
 
 
 def write(
-    out: Path, analyzed: Sequence[AnalyzedRun], problems: dict[str, str], *, title: str, front: str = ""
+    out: Path,
+    analyzed: Sequence[AnalyzedRun],
+    problems: dict[str, str],
+    *,
+    title: str,
+    weights: str = Options().weights,
+    front: str = "",
 ) -> Report:
     """Writes report.html, results.json, layers.csv and figures/.
 
@@ -140,17 +153,18 @@ def write(
         analyzed: the runs.
         problems: run -> why it could not be analyzed.
         title: title of the page.
+        weights: which weights were analyzed, in words.
         front: HTML between the table of the runs and the findings.
     """
     groups = _group_by_config(analyzed)
     sentences = {name: make_sentences(members, references_of(members, groups)) for name, members in groups.items()}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", _results(groups, sentences, problems))
+    write_json(out / "results.json", _results(groups, sentences, problems) | {"weights": weights})
     rows = [row for name, members in groups.items() for one in members for row in _rows(name, one)]
     atomic_text(out / "layers.csv", csv_text(_COLUMNS, rows))
     pictures = drawing.draw(groups, out / "figures")
     path = out / "report.html"
-    atomic_text(path, page.render(groups, sentences, problems, pictures, title=title, front=front))
+    atomic_text(path, page.render(groups, sentences, problems, pictures, title=title, weights=weights, front=front))
     return Report(path, sentences, problems)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mpvg.cli.arguments import SELECTED, Parser, add_weights, complain, say
+from mpvg.cli.arguments import Parser, add_weights, complain, say
 
 
 def analyze(arguments: list[str]) -> int:
@@ -30,8 +30,7 @@ def analyze(arguments: list[str]) -> int:
         data=given.data, images=given.images, which=given.checkpoint, ema=given.ema, sensitivity_images=given.beyond
     )
     made = report.analyze(given.runs, Path(given.out), options)
-    averaged = "the averaged ones, " if given.ema else ""
-    say(f"weights: {averaged}{given.checkpoint} of each run{SELECTED[given.checkpoint]}")
+    say(f"weights: {options.weights}")
     for name, sentences in made.sentences.items():
         say(f"{name}:", *(f"  {sentence}" for sentence in sentences))
     for run, reason in made.problems.items():

@@ -1,6 +1,7 @@
 """Arguments that several verbs share."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -38,11 +39,8 @@ def print_table(rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Non
 
 def complain(message: str) -> None:
     """Prints a line to stderr, as `say`."""
-    print(f"mpvg: {printable(message)}", file=sys.stderr)
-
-
-SELECTED = {"last": "", "best": " (selected on its validation set)"}
-"""What is to be said of the weights that `--checkpoint` chooses."""
+    with contextlib.suppress(OSError):  # stderr may be closed or full; the exit code still says it
+        print(f"mpvg: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def run_parser(verb: str, description: str, weights: str) -> argparse.ArgumentParser:
@@ -51,6 +49,13 @@ def run_parser(verb: str, description: str, weights: str) -> argparse.ArgumentPa
     parser.add_argument("run", help="folder that `mpvg train` made")
     add_weights(parser, weights)
     return parser
+
+
+def positive(text: str) -> int:
+    """A whole number >= 1, as the type of an argument."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a whole number >= 1")
+    return int(text)
 
 
 def add_weights(parser: argparse.ArgumentParser, default: str) -> None:

@@ -1,25 +1,27 @@
 """`mpvg models`, `mpvg recipes` and `mpvg version`: what there is to choose from."""
 
+import json
+from importlib.resources import files
+
 from mpvg.cli.arguments import Parser, print_table, say
 
 
 def models(arguments: list[str]) -> int:
     """Lists the networks."""
-    parser = Parser(prog="mpvg models", description="Lists the networks with their size and cost (about ten seconds).")
+    parser = Parser(prog="mpvg models", description="Lists the networks with their size and cost.")
     parser.parse_args(arguments)
-    from mpvg.analysis.networks import inspect
-    from mpvg.models import model_names
     from mpvg.recipes import RECIPES
 
     recipes: dict[str, list[str]] = {}
     for name, recipe in RECIPES.items():
         recipes.setdefault(recipe().model, []).append(name)
+    # Counted before: `python -m mpvg.analysis.networks` takes ten seconds, and loads torch.
+    counted = json.loads((files("mpvg") / "models/sizes.json").read_text(encoding="utf-8"))
     rows = [("model", "image", "layers", "parameters", "GFLOPs", "recipes")]
-    for name in model_names():
-        found = inspect(name, "mpvg")
-        image = " x ".join(map(str, found.image))
-        size = f"{found.parameters:,}", f"{found.flops / 1e9:.2f}"
-        rows.append((name, image, str(found.depth), *size, ", ".join(recipes.get(name, ["-"]))))
+    for name, found in counted.items():
+        image = " x ".join(map(str, found["image"]))
+        size = f"{found['parameters']:,}", f"{found['flops'] / 1e9:.2f}"
+        rows.append((name, image, str(found["depth"]), *size, ", ".join(recipes.get(name, ["-"]))))
     print_table(rows, right=("layers", "parameters", "GFLOPs"))
     say("", "Counted with method mpvg and the head of its usual data; GFLOPs are of one image.")
     say("timm/<name> takes a vision transformer of timm, such as timm/vit_tiny_patch16_224.")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import SELECTED, run_parser, say
+from mpvg.cli.arguments import positive, run_parser, say
 
 if TYPE_CHECKING:
     from mpvg.runs import Run
@@ -13,16 +13,20 @@ def evaluate(arguments: list[str]) -> int:
     """Prints the metrics of a checkpoint."""
     parser = run_parser("evaluate", "Scores a run's checkpoint on every validation image once.", "last")
     parser.add_argument("--data", help="another folder or data set with the same classes")
+    parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
     given = parser.parse_args(arguments)
     import torch
 
     from mpvg import runs
+    from mpvg.runs.memory import evaluation_cure, memory_errors
     from mpvg.tasks import describe_metrics
 
     run = runs.load(given.run)
     device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
-    validation, task = run.validation(device, data=given.data), run.task()
-    found = task.evaluate(run.model(given.checkpoint, ema=given.ema).to(device), validation)
+    batch, task = given.batch_size or run.config.batch_size, run.task()
+    with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
+        validation = run.validation(device, data=given.data, batch_size=batch)
+        found = task.evaluate(run.model(given.checkpoint, ema=given.ema).to(device), validation)
     skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
     scores = ", ".join(describe_metrics(task, found.metrics))
     say(f"{given.run}: {scores} on {found.images} images{skipped}", weights_text(run, given.checkpoint, ema=given.ema))
@@ -38,6 +42,7 @@ def predict(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     from mpvg import runs
     from mpvg.data import read_image
+    from mpvg.runs.memory import evaluation_cure, memory_errors
 
     run = runs.load(given.run)
     model, preprocess, task = run.model(given.checkpoint, ema=given.ema), run.preprocess(), run.task()
@@ -48,13 +53,15 @@ def predict(arguments: list[str]) -> int:
         except Exception as error:  # decoders of untrusted files raise all kinds of errors
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"image {path} cannot be read ({reason}); give an image file, such as a PNG") from error
-        say(path, *(f"  {line}" for line in task.predict(model, image[None])[0].lines()))
+        with memory_errors(evaluation_cure("a smaller image")):
+            lines = task.predict(model, image[None])[0].lines()
+        say(path, *(f"  {line}" for line in lines))
     return 0
 
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:
     """Which weights of a run are used, as text."""
-    from mpvg.runs.checkpoints import checkpoint_folder, has_best
+    from mpvg.runs.checkpoints import SELECTED, checkpoint_folder, has_best
     from mpvg.runs.pointers import step_name
 
     lost = which == "best" and not has_best(run.path)

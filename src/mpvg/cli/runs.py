@@ -25,6 +25,9 @@ def runs(arguments: list[str]) -> int:
         sys.stdout.write(csv_text(listing.FIELDS, [state.values() for state in found]))
     else:
         print_table([listing.COLUMNS, *(state.row() for state in found)])
+        if means := listing.seed_means(found):
+            say("")
+            print_table([listing.MEANS, *means])
     return 0
 
 

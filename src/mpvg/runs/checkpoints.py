@@ -26,6 +26,8 @@ from mpvg.runs.pointers import pointed_folder, read_pointer, step_name, step_nam
 from mpvg.validation import parse_json, printable, shown
 
 Which = Literal["last", "best"]
+SELECTED: dict[Which, str] = {"last": "", "best": " (selected on its validation set)"}
+"""What is to be said of the weights, by which."""
 KEEP_LAST = 2
 """Number of newest checkpoints that are kept, besides the best one: the newest, and one to fall back to."""
 CHECKSUMS = "checksums.json"

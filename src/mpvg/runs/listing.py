@@ -9,6 +9,7 @@ from mpvg.config import UNCOUNTED, RunConfig, flatten
 from mpvg.delivery import as_spec, describe_spec
 from mpvg.runs.lock import current_holder
 from mpvg.runs.run import Run, load
+from mpvg.statistics import mean_and_interval
 from mpvg.tasks import task_class
 from mpvg.tasks.task import EMA, Metric
 from mpvg.validation import printable
@@ -19,6 +20,8 @@ FIELDS = (
 )
 """What `RunState.values` has."""
 COLUMNS = ("run", "state", "epochs", "best", "data", "model", "method", "seed")
+
+MEANS = ("runs", "seeds", "last epoch, mean (95 %)")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,30 @@ class RunState:
         assert self.run is not None
         task = task_class(self.run.config.task)
         return task.metrics[task.best]
+
+
+def seed_means(states: Sequence[RunState]) -> list[tuple[str, ...]]:
+    """The rows of MEANS: complete runs that differ in the seed only, where there are several.
+
+    The value is that of the last epoch, which no validation set selected, as mean and Student's t interval (95 %).
+    """
+    groups: dict[str, dict[int, RunState]] = {}
+    configs: dict[str, RunConfig] = {}
+    for state in states:
+        if state.run is not None and state.state == "complete":
+            config = replace(state.run.config, seed=0)
+            configs[config.digest()] = config
+            groups.setdefault(config.digest(), {})[state.run.config.seed] = state  # a copy of a run counts once
+    names = names_by_difference(configs) if configs else {}
+    rows: list[tuple[str, ...]] = []
+    for digest, seeds in groups.items():
+        task = task_class(configs[digest].task)
+        metric = task.metrics[task.best]
+        mean, interval = mean_and_interval([state.metrics[-1][task.best] for state in seeds.values()])
+        if interval is not None:
+            spread = " to ".join(map(metric.format, interval))
+            rows.append((names[digest], str(len(seeds)), f"{metric.title} {metric.format(mean)} ({spread})"))
+    return rows
 
 
 def method_name(config: RunConfig) -> str:

@@ -28,6 +28,7 @@ from mpvg.files import write_json
 from mpvg.runs import Run, create_run, ensure_new_run_dir, load
 from mpvg.runs.checkpoints import has_checkpoint
 from mpvg.runs.lock import run_lock
+from mpvg.runs.memory import OutOfMemory, memory_errors, training_cure
 from mpvg.runs.metrics import append_metrics
 from mpvg.runs.pointers import read_pointer
 from mpvg.seeding import seed_everything
@@ -37,7 +38,6 @@ from mpvg.training import optimizer as optimizers
 from mpvg.training import records
 from mpvg.training.accelerator import AsyncCopy, make_accelerator, prepare_model, start_tracker
 from mpvg.training.estimate import describe_start
-from mpvg.training.memory import OutOfMemory, memory_errors
 from mpvg.training.normalization import with_weights_normalization
 from mpvg.training.progress import Reporter
 from mpvg.training.state import TrainProgress, TrainState
@@ -62,7 +62,7 @@ def train(config: RunConfig, *, quiet: bool = False, break_lock: bool = False) -
             `break_lock` takes the lock of a process of another host.
     """
     ensure_new_run_dir(Path(config.out))
-    with memory_errors(config):
+    with memory_errors(training_cure(config)):
         trainer = Trainer.create(with_weights_normalization(config), quiet=quiet)
     with trainer.lock(break_lock=break_lock):
         if trainer.accelerator.is_main_process:
@@ -86,7 +86,7 @@ def resume(path: str | Path, *, quiet: bool = False, break_lock: bool = False) -
     if summary is not None:
         run.check_unchanged(summary["config_hash"])
         return summary
-    with memory_errors(run.config):
+    with memory_errors(training_cure(run.config)):
         trainer = Trainer.create(replace(run.config, out=str(path)), quiet=quiet)
     run.check_classes(trainer.data.info)
     run.check_samples(trainer.data.inventories)
@@ -139,7 +139,7 @@ class Trainer:
     def run_to_end(self) -> dict[str, Any]:
         """Trains the remaining epochs and returns the summary."""
         try:
-            with memory_errors(self.config):
+            with memory_errors(training_cure(self.config)):
                 self._run_epochs()
         except OutOfMemory as error:
             raise self._out_of_memory(error) from error

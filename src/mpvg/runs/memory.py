@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,15 +24,19 @@ class OutOfMemory(ValueError):
 
 
 @contextmanager
-def memory_errors(config: RunConfig) -> Iterator[None]:
-    """Turns errors of allocators, and the death of a loader worker, into OutOfMemory; others are left as they are."""
+def memory_errors(cure: Callable[[str], str]) -> Iterator[None]:
+    """Turns errors of allocators, and the death of a loader worker, into OutOfMemory; others are left as they are.
+
+    Args:
+        cure: from what is used up, as torch or the system says it, to what the user can do; see `training_cure`.
+    """
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
         reason = _reason(error)
         if reason is None:
             raise
-        raise OutOfMemory(f"{reason}; {_cure(reason, config)}") from error
+        raise OutOfMemory(f"{reason}; {cure(reason)}") from error
 
 
 def _reason(error: BaseException) -> str | None:
@@ -51,17 +55,39 @@ def _reason(error: BaseException) -> str | None:
     return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]}..."
 
 
-def _cure(reason: str, config: RunConfig) -> str:
+def training_cure(config: RunConfig) -> Callable[[str], str]:
+    """What can be done where memory runs out in a training run, with the flags of `mpvg train`."""
     workers = config.loader.workers
     fewer = f"fewer --loader.workers than {workers}" if workers else "--loader.workers 0"
-    if _SHARED.search(reason):
-        return f"give --loader.workers 0 instead of {workers}, or more room in /dev/shm (docker run --shm-size=8g)"
-    if _LIMIT.search(reason):
-        return f"give {fewer}, or raise the limit (ulimit -a shows it)"
     smaller = (
         f"a larger --accumulate than {config.accumulate} (the step stays the same), a smaller --batch_size than "
         f"{config.batch_size}"
     )
-    if _WORKER.search(reason):
-        return f"the system kills workers where memory runs out: give {fewer}, {smaller}, or more memory"
-    return f"memory is used up: give {smaller}, or {fewer}"
+
+    def cure(reason: str) -> str:
+        if _SHARED.search(reason):
+            return f"give --loader.workers 0 instead of {workers}, or more room in /dev/shm (docker run --shm-size=8g)"
+        if _LIMIT.search(reason):
+            return f"give {fewer}, or raise the limit (ulimit -a shows it)"
+        if _WORKER.search(reason):
+            return f"the system kills workers where memory runs out: give {fewer}, {smaller}, or more memory"
+        return f"memory is used up: give {smaller}, or {fewer}"
+
+    return cure
+
+
+def evaluation_cure(smaller: str) -> Callable[[str], str]:
+    """What can be done where memory runs out while a trained network is used.
+
+    Args:
+        smaller: what the verb's user can give instead, such as "a smaller --batch_size than 32".
+    """
+
+    def cure(reason: str) -> str:
+        if _SHARED.search(reason):
+            return "give more room in /dev/shm (docker run --shm-size=8g)"
+        if _LIMIT.search(reason):
+            return "raise the limit (ulimit -a shows it)"
+        return f"memory is used up: give {smaller}, or a device with more memory"
+
+    return cure
