@@ -101,7 +101,8 @@ def test_the_digest_changes_with_what_is_trained_and_with_nothing_else(
     value = data.draw(FIELDS[part, name].filter(lambda value: value != getattr(old, name)))
     other = changed(BASE, part, name, value)
     where = part == "loader" or (
-        part is None and name in ("out", "save_steps", "device", "threads", "compile", "channels_last", "tracker")
+        part is None
+        and name in ("out", "save_steps", "device", "threads", "compile", "channels_last", "tracker", "log_gradients")
     )
     assert (other.digest() == BASE.digest()) == where
 

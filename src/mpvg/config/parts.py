@@ -20,6 +20,12 @@ class NetworkConfig:
     """Checkpoint to start from, of any method, image size and number of classes; 'pretrained': timm's own weights."""
     readout: Literal["keep", "method"] = "keep"
     """For timm/<name>: keep the network's own read-out, or use the method's."""
+    pooling: Literal["method", "max", "attention", "mean_norm", "token_and_mean"] = "method"
+    """ViT: what is read out. method: the mean or the class token, as the method says. In place of the mean: the max
+    over patches, timm's attention pooling, or mean_norm, an LN after the mean too; in place of the class token:
+    token_and_mean, the mean of the two."""
+    registers: int = 0
+    """ViT: tokens beside the patches that nothing reads out."""
     sync_bn: bool = False
     """Whether BatchNorm (CeiT) normalizes over the batch of all processes, on GPUs; the paper does not."""
     start: Literal["fresh", "preserve"] = "fresh"
@@ -33,6 +39,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check("network.img_size", self.img_size, self.img_size is None or self.img_size >= 1, "a whole number >= 1")
+        check("network.registers", self.registers, 0 <= self.registers <= 1024, "a whole number in [0, 1024]")
         check("network.pos_std", self.pos_std, self.pos_std is None or self.pos_std >= 0, "a number >= 0")
         check("network.drop_path", self.drop_path, 0 <= self.drop_path < 1, "a number in [0, 1)")
         check_choices(self, "network.")

@@ -30,10 +30,13 @@ ADDED_FIELDS: dict[str, Any] = {
     "imbalance": 1.0,
     "subtract_mean": False,
     "optim.rates": {},
+    "network.pooling": "method",
+    "network.registers": 0,
+    "log_gradients": False,
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
 and the digest leaves a field out where it has this value."""
-UNCOUNTED = ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker")
+UNCOUNTED = ("out", "loader", "save_steps", "device", "threads", "compile", "channels_last", "tracker", "log_gradients")
 """Fields that the digest leaves out: where a run is kept, where its data are and on which hardware it runs."""
 
 
@@ -92,6 +95,8 @@ class RunConfig:
     """Steps between checkpoints inside an epoch; None: at the end of each epoch only."""
     tracker: str | None = None
     """Where each epoch's metrics are also sent: tensorboard, or another accelerate tracker by name."""
+    log_gradients: bool = False
+    """Whether metrics.jsonl also has the norms of dL/dbeta of the Last LN and of W^T dL/dh: `mpvg plot` draws them."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -5,11 +5,12 @@ from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from mpvg.models.checkpoints import adapt_state_dict
 from mpvg.models.fold import fold
+from mpvg.models.readout import Pooling, set_pooling
 
 default_cfgs: dict[str, Any] = {}
 """Configurations of the registered models; timm looks them up under this name."""
@@ -51,9 +52,10 @@ def register_builder(
 
     def build(pretrained: bool = False, folded: bool = False, **kwargs: Any) -> nn.Module:
         # "getter" calls the network's own loop; timm's other feature wrappers would call the blocks without a PE.
+        pooling = kwargs.pop("pooling", "method")
         features = {"out_indices": kwargs.pop("out_indices", out_indices), "feature_cls": "getter"}
         model: Any = build_model_with_cfg(
-            _folded(network) if folded else network,
+            _finished(network, pooling, folded=folded),
             f"mpvg_{name}",
             pretrained,
             feature_cfg=features,
@@ -72,8 +74,17 @@ def register_builder(
     register_model(build)
 
 
-def _folded(network: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    return lambda **kwargs: fold(network(**kwargs))
+def _finished(network: Callable[..., nn.Module], pooling: Pooling, *, folded: bool) -> Callable[..., nn.Module]:
+    """Builds the network, gives it its read-out, and folds it if asked for."""
+
+    def build(**kwargs: Any) -> nn.Module:
+        if kwargs.get("reg_tokens") and not (isinstance(network, type) and issubclass(network, VisionTransformer)):
+            raise ValueError(f"reg_tokens is {kwargs['reg_tokens']}, and {network.__name__} has no registers; give 0")
+        model = network(**kwargs)
+        set_pooling(model, pooling)
+        return fold(model) if folded else model
+
+    return build
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

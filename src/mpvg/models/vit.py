@@ -16,6 +16,8 @@ _SIZES: dict[str, dict[str, int]] = {
     "vit_mini_patch14_56": {"img_size": 56, "patch_size": 14, "embed_dim": 64, "depth": 4, "num_heads": 4},
     "vit_narrow_patch2_8": {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 12, "num_heads": 3},
     "vit_narrow_patch4_28": {"img_size": 28, "patch_size": 4, "embed_dim": 48, "depth": 12, "num_heads": 3},
+    "vit_narrow_patch8_32": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 12, "num_heads": 3},
+    "vit_narrow_patch14_56": {"img_size": 56, "patch_size": 14, "embed_dim": 48, "depth": 12, "num_heads": 3},
     "vit_canvas_patch16_64": {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 4},
 }
 

@@ -60,7 +60,16 @@ class ClassificationTask:
         """A network of this package or a converted timm network; see `Task`."""
         config, info, network = self._config, self._info, self._config.network
         options: dict[str, Any] = {}
+        if network.pooling != "method":
+            options["pooling"] = network.pooling
+        if network.registers:
+            options["reg_tokens"] = network.registers
         if config.model.startswith(TIMM):
+            if options:
+                raise ValueError(
+                    f"network.pooling and network.registers are for networks of this package, and the model is "
+                    f"{config.model}, which brings its own; leave them out, or give --network.readout method"
+                )
             options = {"readout": network.readout, "start": network.start}
             if init and network.init == PRETRAINED:
                 options["pretrained"] = True

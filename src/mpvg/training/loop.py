@@ -11,7 +11,7 @@ import math
 import operator
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from mpvg.training import optimizer as optimizers
 from mpvg.training import records
 from mpvg.training.accelerator import AsyncCopy, make_accelerator, prepare_model, start_tracker
 from mpvg.training.estimate import describe_start
+from mpvg.training.gradients import check_gradient_norms, gradient_norms
 from mpvg.training.normalization import with_weights_normalization
 from mpvg.training.progress import Reporter
 from mpvg.training.state import TrainProgress, TrainState
@@ -106,6 +107,8 @@ class Trainer:
         model = self.task.build_model(init=not has_checkpoint(run.path))
         model = prepare_model(model, config, accelerator)
         optimizer = optimizers.build_optimizer(model, config)
+        if config.log_gradients:
+            check_gradient_norms(model)
         ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         self.schedule = optimizers.build_schedule(optimizer, config, len(data.train))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -214,13 +217,14 @@ class Trainer:
         seed_everything(config.seed, progress.epoch, progress.batch, self.accelerator.process_index)
         self.schedule.set_rate(progress.epoch, progress.step)
         loss = self._backward(self.task.prepare(batch))
+        norms = [*gradient_norms(self.state.network)] if config.log_gradients else []
         if config.optim.clip_grad:
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.state.ema is not None:
             self.state.ema.update(self.state.network)
-        return self._reduce_loss_and_signals(loss)
+        return self._reduce_loss_and_signals(loss, norms)
 
     def _backward(self, batch: Any) -> Tensor:
         """Adds up the gradients of a batch, part by part; returns its loss."""
@@ -237,29 +241,30 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _reduce_loss_and_signals(self, loss: Tensor) -> Tensor:
-        """The loss over all processes, and how many of them were asked to stop by each of STOPPED_BY, `(5,)`.
+    def _reduce_loss_and_signals(self, loss: Tensor, norms: Sequence[Tensor] = ()) -> Tensor:
+        """How many processes were asked to stop by each of STOPPED_BY, the loss over all, and norms of gradients.
 
         A process that stopped alone would leave the others waiting for its gradients.
         """
         requested, loss = self.shutdown.requested, loss.detach().to(sum_device(loss.device)).double()
         # Filled in on the device: a copy from the host would be waited for.
         received = [loss.new_full((), requested == number) for number in STOPPED_BY]
-        values = torch.stack([loss, *received])
+        values = torch.stack([*received, loss, *(norm.to(loss) for norm in norms)])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "sum")
-            values[0] /= self.accelerator.num_processes
+            values[len(received) :] /= self.accelerator.num_processes
         return values
 
     def _record_step(self, values: AsyncCopy) -> None:
         """Adds the last loss and records signals; raises NonFiniteLoss if the loss is NaN or infinite."""
         progress = self.progress
-        loss, *received = values.wait()
-        self.stopped_by = next((number for number, count in zip(STOPPED_BY, received, strict=True) if count), 0)
+        received = values.wait()
+        loss, *norms = received[len(STOPPED_BY) :]
+        self.stopped_by = next((number for number, count in zip(STOPPED_BY, received, strict=False) if count), 0)
         if not math.isfinite(loss):
             position = f"step {progress.step} (epoch {progress.epoch + 1}, batch {progress.batch})"
             raise self._diverged(f"the loss is {loss} at {position}")
-        progress.loss_sum += loss
+        progress.add_step(loss, norms)
 
     def _evaluate(self) -> dict[str, Any]:
         """Ends the epoch: evaluates the model, writes a line of metrics and a checkpoint."""
@@ -272,7 +277,7 @@ class Trainer:
         value = record[selecting_metric(self.config)]
         best = is_better(self.task, value, progress.best)
         progress.best = value if best else progress.best
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        progress.end_epoch()
         if self.accelerator.is_main_process:
             append_metrics(self.run.path, record)
         self._save(best=best)

@@ -12,6 +12,7 @@ from mpvg.models.network import count_parameters
 from mpvg.runs.environment import commit, hardware
 from mpvg.tasks import Evaluation, Task, is_better, selecting_metric
 from mpvg.tasks.task import EMA
+from mpvg.training.gradients import NAMES
 from mpvg.training.state import TrainProgress
 
 
@@ -19,11 +20,13 @@ def epoch_record(
     progress: TrainProgress, lr: float, trained: Evaluation, averaged: Evaluation | None
 ) -> dict[str, Any]:
     """The line of an epoch that has just ended; `progress` still counts its batches."""
+    steps, *sums = progress.gradient_sums or (0.0,)
     record: dict[str, Any] = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.batch,
         "lr": lr,
+        **{name: total / steps for name, total in zip(NAMES, sums, strict=False)},
         **trained.metrics,
     }
     if averaged is not None:

@@ -30,6 +30,7 @@ from mpvg.runs.metrics import write_metrics
 from mpvg.runs.pointers import read_pointer, step_number, write_pointer
 from mpvg.runs.reading import RESTORE
 from mpvg.training import optimizer as optimizers
+from mpvg.training.gradients import NAMES
 from mpvg.validation import build, shown
 
 GIVE_UP = f"{RESTORE}, or train a new run with another --out"
@@ -47,6 +48,9 @@ class TrainProgress:
     """Optimizer steps done."""
     loss_sum: float = 0.0
     """Sum of the losses of the epoch in progress, over whole batches."""
+    gradient_sums: tuple[float, ...] = ()
+    """Steps of the epoch in progress with norms of `mpvg.training.gradients`, and the sums of the norms; empty: not
+    asked for. Younger than format 2."""
     seconds: float = 0.0
     """Time spent in steps, waiting for data included."""
     images: int = 0
@@ -57,6 +61,17 @@ class TrainProgress:
     """Their numbers in the training set; younger than format 2."""
     best: float | None = None
     """Best value of the task's metric so far; None: there is none yet."""
+
+    def add_step(self, loss: float, norms: Sequence[float]) -> None:
+        """Adds the loss of a step, and its norms where they are asked for."""
+        self.loss_sum += loss
+        if norms:
+            sums = self.gradient_sums or (0.0,) * (1 + len(norms))
+            self.gradient_sums = tuple(old + new for old, new in zip(sums, (1.0, *norms), strict=True))
+
+    def end_epoch(self) -> None:
+        """Begins the next epoch."""
+        self.epoch, self.batch, self.loss_sum, self.gradient_sums = self.epoch + 1, 0, 0.0, ()
 
 
 @dataclass
@@ -205,10 +220,14 @@ def _read_progress(values: object) -> TrainProgress:
         values = values | {"best": None}
     progress: TrainProgress = build(TrainProgress, values, "position.")
     for name, value in asdict(progress).items():
-        if name not in values and name != "unreadable":  # which is younger
+        if name not in values and name not in ("unreadable", "gradient_sums"):  # which are younger
             raise ValueError(f"position.{name} is missing")
         if name not in ("best", "loss_sum") and min(value if isinstance(value, tuple) else (value,), default=0) < 0:
             raise ValueError(f"position.{name} is {shown(values[name])}; allowed: numbers >= 0")
+    if len(progress.gradient_sums) not in (0, 1 + len(NAMES)) or progress.gradient_sums[:1] == (0.0,):
+        raise ValueError(
+            f"position.gradient_sums is {shown(values['gradient_sums'])}; allowed: a count >= 1 and 2 sums"
+        )
     if progress.best == -1.0:
         progress.best = None
     return progress
