@@ -30,6 +30,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "imbalance": 1.0,
     "subtract_mean": False,
     "optim.rates": {},
+    "optim.milestones": [],
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
 and the digest leaves a field out where it has this value."""

@@ -156,6 +156,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
         sched=optim.schedule,
         num_epochs=round(length * units),
         decay_epochs=None if optim.decay_epochs is None else round(optim.decay_epochs * units),
+        decay_milestones=[round(epoch * units) for epoch in optim.milestones],
         decay_rate=optim.decay_rate,
         min_lr=min(optim.min_lr, config.lr),
         warmup_lr=min(optim.warmup_lr, config.lr),

@@ -38,7 +38,7 @@ class Pyramid(nn.Module):
         return maps
 
 
-class MaskRCNN(GeneralizedRCNN):
+class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision has no types
     """Mask R-CNN of the paper's Table 3: FPN, region proposals, box head and mask head around a dense network.
 
     Args:

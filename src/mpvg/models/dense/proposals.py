@@ -18,7 +18,7 @@ ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 POSITIVE_IOU, NEGATIVE_IOU = 0.7, 0.3
 
 
-class ExactAnchors(AnchorGenerator):
+class ExactAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision has no types
     """Anchors whose corners are not rounded, at multiples of exact strides.
 
     torchvision rounds the corners and divides the image's side by the map's, which gives 53 and 61 pixels in place of
@@ -50,7 +50,7 @@ class ExactAnchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
-class FlooredMatcher(Matcher):
+class FlooredMatcher(Matcher):  # type: ignore[misc]  # torchvision has no types
     """Gives each object its best anchors even below the threshold for matches, but only from a floor on.
 
     An anchor that is the best of an object is matched with that object; torchvision matches it with the anchor's own
@@ -78,7 +78,7 @@ class FlooredMatcher(Matcher):
         matches[last > 0] = last[last > 0] - 1
 
 
-class FloatHead(RPNHead):
+class FloatHead(RPNHead):  # type: ignore[misc]  # torchvision has no types
     """Gives float32 in any precision of the maps: boxes have more digits than bfloat16."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,7 +87,7 @@ class FloatHead(RPNHead):
         return [one.float() for one in scores], [one.float() for one in offsets]
 
 
-class ProposalNetwork(RegionProposalNetwork):
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvision has no types
     """Proposes boxes; trained with L1 and only on anchors within each image's own padding.
 
     A target has `boxes` and `padded`: height and width of the image with its own padding, but without that to the
@@ -131,7 +131,7 @@ class ProposalNetwork(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Binary cross entropy of the sampled anchors, and L1 of the offsets of objects; both divided by the samples."""
+        """Binary cross entropy of the sampled anchors, and L1 of the objects' offsets; both divided by the samples."""
         chosen = [torch.cat(part).bool() for part in self.fg_bg_sampler(labels)]
         positive, sampled = chosen[0], chosen[0] | chosen[1]
         offsets = torch.cat(list(regression_targets))[positive]

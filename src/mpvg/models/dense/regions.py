@@ -21,7 +21,7 @@ THRESHOLD = 0.5
 _NAMES = ("0", "1", "2", "3")
 
 
-class AlignedPool(MultiScaleRoIAlign):
+class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has no types
     """RoIAlign on four maps, with half a pixel's shift (`aligned`), as many samples as there are pixels, exact strides.
 
     Args:
@@ -48,7 +48,7 @@ class AlignedPool(MultiScaleRoIAlign):
         return found
 
 
-class RegionHeads(RoIHeads):
+class RegionHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
     """Classes, boxes and masks of proposals.
 
     The targets of masks are cut out with RoIAlign, aligned, and are 0 or 1; torchvision's are shifted by half a pixel.
