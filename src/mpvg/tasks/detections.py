@@ -1,5 +1,6 @@
 """What a detector finds in an image: as text, as COCO's results, and drawn."""
 
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,8 +89,9 @@ class Detections:
                 f"{self.class_names[int(label)]} {100 * float(score):.0f}"
                 for score, label in zip(shown.scores, shown.labels, strict=True)
             ]
-            pixels = draw_segmentation_masks(pixels, shown.masks().cpu(), alpha=0.5)
-            pixels = draw_bounding_boxes(pixels, shown.boxes.cpu(), names)
+            colors = [_color(number) for number in range(len(names))]
+            pixels = draw_segmentation_masks(pixels, shown.masks().cpu(), alpha=0.5, colors=colors)
+            pixels = draw_bounding_boxes(pixels, shown.boxes.cpu(), names, colors)
         drawn: Image.Image = functional.to_pil_image(pixels)
         return drawn
 
@@ -98,3 +100,10 @@ class Detections:
         kept = self.scores >= SHOWN
         parts = {name: getattr(self, name)[kept] for name in ("boxes", "scores", "labels", "probabilities")}
         return replace(self, **parts)
+
+
+def _color(number: int) -> tuple[int, int, int]:
+    """A bright color that is unlike those of the numbers before it; torchvision's first one is black."""
+    hue = number * 0.618 % 1  # the golden ratio: no few steps come back to where they began
+    red, green, blue = (round(255 * part) for part in hsv_to_rgb(hue, 0.8, 1.0))
+    return red, green, blue
