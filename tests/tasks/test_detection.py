@@ -220,7 +220,12 @@ def test_results_do_not_depend_on_batch_mates(
     task: DetectionTask, network: MaskRCNN, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("mpvg.tasks.detection.average_precision", lambda *given: seen.append(given) or {})
+
+    def note(*given: Any) -> dict[str, float]:
+        seen.append(given)
+        return {}
+
+    monkeypatch.setattr("mpvg.tasks.detection.average_precision", note)
     samples = [sample((50, 60), 1), sample((64, 96), 2), sample((90, 33), 3)]
     together = Listed(collate_scenes(samples))
     alone = Listed(*(collate_scenes([one]) for one in samples))

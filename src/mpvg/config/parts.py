@@ -155,11 +155,6 @@ class OptimConfig:
             check(f"optim.{name}", value, value is None or value > 0, "a number > 0")
         drops = all(epoch > 0 for epoch in self.milestones)
         check("optim.milestones", self.milestones, drops, "numbers > 0")
-        if (self.schedule == "multistep") != bool(self.milestones):
-            raise ValueError(
-                f"optim.schedule is {self.schedule!r} and optim.milestones are {self.milestones}; allowed: milestones "
-                "with multistep, which needs them, and with no other schedule"
-            )
         for pattern, factor in self.rates.items():
             check(f"optim.rates[{pattern!r}]", factor, factor > 0, "a number > 0; to train nothing, use optim.frozen")
         decay = self.layer_decay

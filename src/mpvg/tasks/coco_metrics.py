@@ -59,6 +59,12 @@ def dataset(truths: Sequence[Mapping[str, Any]], category_ids: Sequence[int]) ->
     }
 
 
+def check_objects(truths: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where images of `truth_record` have no object, so that there is no AP."""
+    if all(one["iscrowd"] for truth in truths for one in truth["annotations"]):
+        raise ValueError("no object is annotated in the validation images; give a validation set with objects")
+
+
 def average_precision(
     truths: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], category_ids: Sequence[int]
 ) -> dict[str, float]:
@@ -73,10 +79,8 @@ def average_precision(
         ModuleNotFoundError: faster-coco-eval is not installed.
         ValueError: no object is annotated, so that there is no AP.
     """
-    package = evaluator()
-    file = dataset(truths, category_ids)
-    if all(one["iscrowd"] for one in file["annotations"]):
-        raise ValueError("no object is annotated in the validation images; give a validation set with objects")
+    check_objects(truths)
+    package, file = evaluator(), dataset(truths, category_ids)
     position = {image["id"]: number for number, image in enumerate(file["images"])}
     ordered = sorted(results, key=lambda result: position[result["image_id"]])
     found: dict[str, float] = {}

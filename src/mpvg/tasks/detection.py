@@ -15,7 +15,7 @@ from mpvg.data.scenes import DetectionSizes, SceneBatch, TestScene, detection_pi
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
-from mpvg.tasks.coco_metrics import average_precision, evaluator, truth_record
+from mpvg.tasks.coco_metrics import average_precision, check_objects, evaluator, truth_record
 from mpvg.tasks.detections import Detections
 from mpvg.tasks.task import Evaluation, Metric, Prediction
 from mpvg.validation import build, check
@@ -137,6 +137,7 @@ class DetectionTask:
             truths, results = gather_object(truths), gather_object(results)
         if not truths:
             raise ValueError("no image could be evaluated; give a validation set with readable images")
+        check_objects(truths)  # by every process: the others would wait for a first one that stops
         metrics = [average_precision(truths, results, self._category_ids) if _is_first(accelerator) else {}]
         if accelerator is not None:
             broadcast_object_list(metrics)
