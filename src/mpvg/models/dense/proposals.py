@@ -96,7 +96,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
     Args:
         channels: of the maps.
         anchor_sizes: see `ExactAnchors`.
-        proposals: boxes that are left of an image after non-maximum suppression.
+        proposals: boxes that are left of an image after non-maximum suppression, into which as many of each map go,
+            twice as many in training.
 
     Source:
         MMDetection, `RPNHead` and `AnchorHead.get_anchors`; the numbers of `mask_rcnn_r50_fpn.py`.
@@ -110,7 +111,7 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]  # torchvisi
             bg_iou_thresh=NEGATIVE_IOU,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
