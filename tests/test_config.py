@@ -48,6 +48,7 @@ BY_TYPE = {
     str | None: st.none() | text,
     dict[str, Any]: st.dictionaries(text, st.integers() | text, max_size=2),
     tuple[float, ...] | None: st.none() | st.lists(positive, min_size=1, max_size=3).map(tuple),
+    tuple[float, ...]: st.lists(positive, max_size=3).map(tuple),
     tuple[str, ...]: st.lists(text, max_size=2).map(tuple),
 }
 
@@ -215,6 +216,6 @@ def test_a_missing_key_is_named() -> None:
 def test_every_recipe_names_itself_and_survives_yaml(name: str) -> None:
     config = RECIPES[name]()
     assert config.recipe == name
-    assert config.data in (name, "folder", "cifar100")
+    assert config.data in (name, "folder", "cifar100", "coco/coco", "coco/canvas")
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
     assert RECIPES[name].__doc__

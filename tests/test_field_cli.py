@@ -517,7 +517,8 @@ def test_the_estimates_are_what_a_run_has(flags: list[str], tmp_path: Path) -> N
     trainer = Trainer.create(replace(base, out=str(tmp_path / "run")), quiet=True)
     estimated, checkpoint = optimizer_bytes(trainer), checkpoint_bytes(trainer)
     kept: list[int] = []
-    images, targets = example_batch(trainer, 8, device=torch.device("cpu"))
+    batch = example_batch(trainer).split(8)[0]
+    images, targets = (part.clone() for part in batch)
     own = {value.untyped_storage().data_ptr() for value in (*trainer.state.network.parameters(), images, targets)}
     own |= {value.untyped_storage().data_ptr() for value in trainer.state.network.buffers()}
     storages: dict[int, Any] = {}
@@ -531,7 +532,7 @@ def test_the_estimates_are_what_a_run_has(flags: list[str], tmp_path: Path) -> N
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = trainer.task.losses(trainer.model, ImageBatch(images, targets))["loss"]
     kept.append(sum(storage.nbytes() for storage in storages.values()))
-    assert kept_for_backward(trainer, 8) == pytest.approx(kept[0], rel=0.01)
+    assert kept_for_backward(trainer, batch) == pytest.approx(kept[0], rel=0.01)
     loss.backward()
     trainer.optimizer.step()
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]

@@ -236,6 +236,21 @@ def test_any_schedule_that_timm_knows_goes_by_name(tiny: MakeConfig, name: str) 
     assert len(set(expected[5:])) > 1 or name == "constant"
 
 
+def test_the_rate_drops_at_the_milestones(tiny: MakeConfig) -> None:
+    """The run of the paper's Table 8, short: a line, and two drops to a tenth."""
+    optim = OptimConfig(schedule="multistep", milestones=(2.0, 3.0), warmup_epochs=0.5, warmup_lr=1e-5)
+    found = rates(tiny(epochs=4, lr=1e-2, optim=optim), 10)
+    assert found[:5] == pytest.approx([1e-5 + step / 5 * (1e-2 - 1e-5) for step in range(5)])
+    # timm counts a step before it takes it.
+    assert found[5:] == pytest.approx([1e-2] * 14 + [1e-3] * 10 + [1e-4] * 11)
+
+
+@pytest.mark.parametrize("optim", [{"schedule": "multistep"}, {"milestones": (2.0,)}])
+def test_milestones_belong_to_one_schedule(tiny: MakeConfig, optim: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"optim\.schedule is '\w+' and optim\.milestones are .* allowed: milestones"):
+        rates(tiny(optim=OptimConfig(**optim)), 2)
+
+
 @pytest.mark.parametrize("name", ["cosin", "plateau", "none"])
 def test_a_schedule_that_does_not_go_by_time_is_refused(tiny: MakeConfig, name: str) -> None:
     with pytest.raises(ValueError, match=rf"optim\.schedule is '{name}'; allowed: .* cosine, tanh"):

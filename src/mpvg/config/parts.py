@@ -17,7 +17,8 @@ class NetworkConfig:
     drop_path: float = 0.0
     """Stochastic depth at the last layer, growing linearly from 0; in [0, 1)."""
     init: str | None = None
-    """Checkpoint to start from, of any method, image size and number of classes; 'pretrained': timm's own weights."""
+    """Checkpoint to start from, of any method, image size and number of classes: a file, or a run's folder for its best
+    weights; 'pretrained': timm's own weights."""
     readout: Literal["keep", "method"] = "keep"
     """For timm/<name>: keep the network's own read-out, or use the method's."""
     pooling: Literal["method", "max", "attention", "mean_norm", "token_and_mean"] = "method"
@@ -138,7 +139,9 @@ class OptimConfig:
     decay_epochs: float | None = None
     """Epochs between the drops of schedule `step`, or the length of the decay at the end of `wsd` and `rsqrt`."""
     decay_rate: float = 0.1
-    """Factor of each drop of schedule `step`, or the power of `poly`."""
+    """Factor of each drop of schedules `step` and `multistep`, or the power of `poly`."""
+    milestones: tuple[float, ...] = ()
+    """Epochs of the drops of schedule `multistep`."""
     warmup_prefix: bool = False
     """Whether the schedule starts after the warm-up; otherwise the warm-up replaces its first part."""
     cooldown_epochs: int = 0
@@ -157,6 +160,8 @@ class OptimConfig:
         for name in ("body_lr", "clip_grad", "decay_epochs"):
             value = getattr(self, name)
             check(f"optim.{name}", value, value is None or value > 0, "a number > 0")
+        drops = all(epoch > 0 for epoch in self.milestones)
+        check("optim.milestones", self.milestones, drops, "numbers > 0")
         for pattern, factor in self.rates.items():
             check(f"optim.rates[{pattern!r}]", factor, factor > 0, "a number > 0; to train nothing, use optim.frozen")
         decay = self.layer_decay

@@ -33,6 +33,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "network.pooling": "method",
     "network.registers": 0,
     "log_gradients": False,
+    "optim.milestones": [],
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
 and the digest leaves a field out where it has this value."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
-from mpvg.recipes import paper
+from mpvg.recipes import detection, paper
 from mpvg.validation import MAX_INT, unknown_name
 
 
@@ -134,6 +134,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "t2t_vit_7": paper.t2t_vit_7,
     "vit_lite_7_cifar100": paper.vit_lite_7_cifar100,
     "t2t_vit_7_cifar100": paper.t2t_vit_7_cifar100,
+    "coco_mask_rcnn_vit_adapter_tiny": detection.coco_mask_rcnn_vit_adapter_tiny,
+    "canvas_detection": detection.canvas_detection,
 }
 """The recipes by name; a data set's default recipe has its name, and a folder's is "folder"."""
 
@@ -159,4 +161,6 @@ def scale_schedule(config: RunConfig, epochs: int) -> RunConfig:
         return config
     share, optim = epochs / config.epochs, config.optim
     warmup, cooldown = optim.warmup_epochs * share, optim.cooldown_epochs * epochs // config.epochs
-    return replace(config, epochs=epochs, optim=replace(optim, warmup_epochs=warmup, cooldown_epochs=cooldown))
+    drops = tuple(epoch * share for epoch in optim.milestones)
+    optim = replace(optim, warmup_epochs=warmup, cooldown_epochs=cooldown, milestones=drops)
+    return replace(config, epochs=epochs, optim=optim)

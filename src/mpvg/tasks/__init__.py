@@ -7,9 +7,11 @@ from typing import Any
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
+from mpvg.tasks.detection import DetectionOptions, DetectionTask
 from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
+from mpvg.tasks.task import Placed as Placed
 from mpvg.tasks.task import Prediction as Prediction
 from mpvg.tasks.task import Task as Task
 from mpvg.tasks.task import describe_metrics as describe_metrics
@@ -21,7 +23,10 @@ class NoOptions:
     """The options of a task that has none."""
 
 
-_TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {"classification": (ClassificationTask, NoOptions)}
+_TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {
+    "classification": (ClassificationTask, NoOptions),
+    "detection": (DetectionTask, DetectionOptions),
+}
 
 
 def register(name: str, task: type[Task[Any]], options: type[Any] = NoOptions) -> None:

@@ -5,10 +5,11 @@ The training loop, `mpvg evaluate`, `mpvg predict` and `mpvg runs` use tasks thr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from mpvg.config import RunConfig
@@ -55,6 +56,20 @@ class Prediction(Protocol):
 
     def lines(self) -> list[str]:
         """As text for a terminal."""
+
+
+@runtime_checkable
+class Placed(Prediction, Protocol):
+    """A prediction about places in an image, which is given in pixels of what `Task.predict` was given."""
+
+    def resized(self, height: int, width: int) -> "Placed":
+        """The same in pixels of the image at another size, such as its own."""
+
+    def to_json(self, image: str) -> Any:
+        """As JSON-safe values, with the name of the image."""
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """The image, of the prediction's size, with what was found in it."""
 
 
 class Task(Protocol[B]):

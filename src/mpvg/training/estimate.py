@@ -1,23 +1,23 @@
 """What a run takes, said before it begins: memory, time and disk. docs/scale.md says what is counted as memory."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mpvg.data import ImageBatch
 from mpvg.training.normalization import describe_normalization
 
 if TYPE_CHECKING:
     from mpvg.training.loop import Trainer
 
 SIZES = (8, 16)
-"""Batch sizes whose difference gives the bytes of an image."""
+"""Batch sizes whose difference gives the bytes of an image; a smaller batch is counted as a whole."""
 MEASURED_STEPS = 5
 KEPT_CHECKPOINTS = 3
 """Checkpoints that a run folder has while the third is written."""
@@ -86,14 +86,15 @@ def step_bytes(trainer: "Trainer", images: int) -> tuple[float, float]:
         trainer: of the run.
         images: of a process in a step, which are all there.
     """
-    network, device = trainer.state.network, trainer.accelerator.device
-    kept = [kept_for_backward(trainer, size) for size in SIZES]
-    per_image = (kept[1] - kept[0]) / (SIZES[1] - SIZES[0])
+    network, batch = trainer.state.network, example_batch(trainer)
+    sizes = SIZES if batch.size >= SIZES[1] else (0, batch.size)
+    kept = [kept_for_backward(trainer, batch.split(size)[0]) if size else 0 for size in sizes]
+    per_image = (kept[1] - kept[0]) / (sizes[1] - sizes[0])
     trained = total_bytes(parameter for parameter in network.parameters() if parameter.requires_grad)
     weights = total_bytes([*network.parameters(), *network.buffers()])
     averaged = weights if trainer.state.ema else 0
-    inputs = images * total_bytes(example_batch(trainer, 1, device=device))
-    fixed = weights + trained + optimizer_bytes(trainer) + averaged + inputs + kept[0] - SIZES[0] * per_image
+    inputs = images * total_bytes(tensors_of(batch)) / batch.size
+    fixed = weights + trained + optimizer_bytes(trainer) + averaged + inputs + kept[0] - sizes[0] * per_image
     return fixed, per_image
 
 
@@ -109,42 +110,62 @@ def checkpoint_bytes(trainer: "Trainer") -> int:
     return weights * (2 if trainer.state.ema else 1) + optimizer_bytes(trainer)
 
 
-def kept_for_backward(trainer: "Trainer", size: int) -> int:
-    """Bytes that autograd keeps of a batch, counted on tensors that have shapes but no values."""
-    network, mode = trainer.state.network, FakeTensorMode()
-    values: dict[str, Tensor] = {
-        name: mode.from_tensor(value) for name, value in (*network.named_parameters(), *network.named_buffers())
-    }
-    batch = ImageBatch(*map(mode.from_tensor, example_batch(trainer, size, device=trainer.accelerator.device)))
-    there = {tensor.untyped_storage()._cdata for tensor in (*values.values(), *batch)}
+def kept_for_backward(trainer: "Trainer", batch: Any) -> int:
+    """Bytes that autograd keeps of a batch.
+
+    They are counted on tensors that have shapes but no values or, where the shapes depend on the values, in a step that
+    leaves the network as it is.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode:
+            return _count_kept(trainer, batch, mode.from_tensor)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _count_kept(trainer, batch, lambda tensor: tensor if tensor.requires_grad else tensor.clone())
+
+
+def _count_kept(trainer: "Trainer", batch: Any, there: Callable[[Tensor], Tensor]) -> int:
+    """As `kept_for_backward`, on what `there` makes of weights, buffers and batch."""
+    network = trainer.state.network
+    values = {name: there(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
+    batch = tree_map_only(Tensor, there, batch)
+    own = {tensor.untyped_storage()._cdata for tensor in (*values.values(), *tensors_of(batch))}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that none makes room for another
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in there:
+        if storage._cdata not in own:
             kept[storage._cdata] = storage
         return tensor
 
-    class Fake(nn.Module):
-        """The network with values that are not there."""
+    class Replaced(nn.Module):
+        """The network with these values."""
 
-        def forward(self, images: Tensor) -> Any:
-            return functional_call(network, values, (images,))
+        def forward(self, *arguments: Any) -> Any:
+            return functional_call(network, values, arguments)
 
     was_training = network.training
     network.train()
-    with mode, saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
-        trainer.task.losses(Fake(), batch)
-    network.train(was_training)
+    try:
+        with saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
+            trainer.task.losses(Replaced(), batch)
+    finally:
+        network.train(was_training)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def example_batch(trainer: "Trainer", size: int, *, device: torch.device) -> ImageBatch:
-    """Images without content, and targets as a step has them: with mixup, probabilities."""
-    info = trainer.data.info
-    images = torch.zeros(size, info.in_chans, info.img_size, info.img_size, device=device)
-    shape = (size, info.num_classes) if trainer.config.augment.mixes else (size,)
-    return ImageBatch(images, torch.zeros(shape, dtype=None if len(shape) > 1 else torch.int64, device=device))
+def example_batch(trainer: "Trainer") -> Any:
+    """The first batch of a process, as a step has it."""
+    batches = trainer.data.train.epoch(0)
+    try:
+        return trainer.task.prepare(next(iter(batches)))
+    finally:
+        batches.close()  # type: ignore[attr-defined]  # generators have it, and its workers wait for it
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch of any task."""
+    return [part for part in tree_leaves(batch) if isinstance(part, Tensor)]
 
 
 def images_per_second(trainer: "Trainer") -> float:

@@ -140,13 +140,18 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
     """Linear warm-up, the timm schedule that the config names, and a cool-down at its final rate.
 
     Raises:
-        ValueError: timm has no such schedule, or it depends on more than the step.
+        ValueError: timm has no such schedule, or it depends on more than the step; or its milestones are missing.
     """
     optim, by_epoch = config.optim, config.optim.schedule_unit == "epoch"
     if optim.schedule not in SCHEDULES:
         raise ValueError(
             f"optim.schedule is {optim.schedule!r}; allowed: timm's schedules that depend on the step alone: "
             f"{', '.join(SCHEDULES)}"
+        )
+    if (optim.schedule == "multistep") != bool(optim.milestones):
+        raise ValueError(
+            f"optim.schedule is {optim.schedule!r} and optim.milestones are {optim.milestones}; allowed: milestones "
+            "with multistep, which needs them, and with no other schedule"
         )
     units = 1 if by_epoch else steps_per_epoch
     length = config.epochs - optim.cooldown_epochs - (optim.warmup_epochs if optim.warmup_prefix else 0)
@@ -156,6 +161,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
         sched=optim.schedule,
         num_epochs=round(length * units),
         decay_epochs=None if optim.decay_epochs is None else round(optim.decay_epochs * units),
+        decay_milestones=[round(epoch * units) for epoch in optim.milestones],
         decay_rate=optim.decay_rate,
         min_lr=min(optim.min_lr, config.lr),
         warmup_lr=min(optim.warmup_lr, config.lr),

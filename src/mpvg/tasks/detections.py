@@ -1,0 +1,109 @@
+"""What a detector finds in an image: as text, as COCO's results, and drawn."""
+
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from mpvg.data.rle import encode_mask
+from mpvg.data.scenes import to_pixels
+from mpvg.models.dense.regions import paste_mask
+
+SHOWN = 0.3
+"""Score from which on an object is named and drawn; the metrics count all."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Detections:
+    """Objects in an image, the most certain first."""
+
+    height: int
+    """Of the image whose pixels are meant."""
+    width: int
+    boxes: Tensor
+    """Left, top, right, bottom in pixels, `(N, 4)`."""
+    scores: Tensor
+    """In [0, 1], `(N,)`."""
+    labels: Tensor
+    """Classes from 0 on, `(N,)`."""
+    probabilities: Tensor
+    """Of the pixels within each box to be inside the object, `(N, S, S)`."""
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    """Ids of the classes in COCO's results."""
+
+    def resized(self, height: int, width: int) -> "Detections":
+        """The same objects in the image at another size."""
+        scale = self.boxes.new_tensor([width / self.width, height / self.height] * 2)
+        return replace(self, height=height, width=width, boxes=self.boxes * scale)
+
+    def masks(self) -> Tensor:
+        """The pixels of each object, `(N, height, width)`, bool."""
+        found = self.probabilities.new_zeros((len(self.boxes), self.height, self.width), dtype=torch.bool)
+        for number, (mask, box) in enumerate(zip(self.probabilities, self.boxes.tolist(), strict=True)):
+            found[number] = paste_mask(mask, box, self.height, self.width)
+        return found
+
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
+        """The objects as COCO's results, which are JSON: boxes with width and height, masks as run lengths."""
+        # One mask at a time: a hundred of a photograph take half a gigabyte.
+        results = []
+        for number, (left, top, right, bottom) in enumerate(self.boxes.tolist()):
+            mask = paste_mask(self.probabilities[number], (left, top, right, bottom), self.height, self.width)
+            counts = encode_mask(mask.cpu().numpy()).decode("ascii")
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": self.category_ids[int(self.labels[number])],
+                    "bbox": [left, top, right - left, bottom - top],
+                    "score": float(self.scores[number]),
+                    "segmentation": {"size": [self.height, self.width], "counts": counts},
+                }
+            )
+        return results
+
+    def to_json(self, image: str) -> list[dict[str, Any]]:
+        """COCO's results, in which the image is named."""
+        return self.to_coco(image)
+
+    def lines(self) -> list[str]:
+        """One line for each object that is certain enough, and how many others there are."""
+        shown, lines = self._shown(), []
+        for score, label, box in zip(shown.scores, shown.labels, shown.boxes.tolist(), strict=True):
+            left, top, right, bottom = map(round, box)
+            name = self.class_names[int(label)]
+            lines.append(f"{100 * float(score):6.2f} %  {name}, {left}, {top} to {right}, {bottom}")
+        rest = len(self.scores) - len(lines)
+        return [*lines, *([f"{rest} with a score below {100 * SHOWN:.0f} %"] if rest or not lines else [])]
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """The image, in RGB and of `width` x `height` pixels, with the boxes, masks and names of certain objects."""
+        shown, pixels = self._shown(), to_pixels(image).as_subclass(Tensor).to(torch.uint8)
+        if len(shown.boxes):
+            names = [
+                f"{self.class_names[int(label)]} {100 * float(score):.0f}"
+                for score, label in zip(shown.scores, shown.labels, strict=True)
+            ]
+            colors = [_color(number) for number in range(len(names))]
+            pixels = draw_segmentation_masks(pixels, shown.masks().cpu(), alpha=0.5, colors=colors)
+            pixels = draw_bounding_boxes(pixels, shown.boxes.cpu(), names, colors)
+        drawn: Image.Image = functional.to_pil_image(pixels)
+        return drawn
+
+    def _shown(self) -> "Detections":
+        """The objects that are certain enough."""
+        kept = self.scores >= SHOWN
+        parts = {name: getattr(self, name)[kept] for name in ("boxes", "scores", "labels", "probabilities")}
+        return replace(self, **parts)
+
+
+def _color(number: int) -> tuple[int, int, int]:
+    """A bright color that is unlike those of the numbers before it; torchvision's first one is black."""
+    hue = number * 0.618 % 1  # the golden ratio: no few steps come back to where they began
+    red, green, blue = (round(255 * part) for part in hsv_to_rgb(hue, 0.8, 1.0))
+    return red, green, blue

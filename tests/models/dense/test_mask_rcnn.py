@@ -1,0 +1,254 @@
+"""Mask R-CNN: each place where it differs from torchvision, against a plain writing of what MMDetection does."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
+
+from mpvg.models.dense import create_adapter
+from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
+from mpvg.models.dense.proposals import ANCHOR_STRIDES, ExactAnchors, FloatHead, FlooredMatcher, ProposalNetwork, within
+from mpvg.models.dense.regions import AlignedPool, RegionHeads, mask_targets, paste_mask
+
+CANVAS_ANCHORS = (8, 16, 32, 64, 128)
+SIDE = 64
+
+
+@pytest.fixture
+def detector() -> MaskRCNN:
+    torch.manual_seed(0)
+    body = create_adapter("vit_adapter_canvas", "mpvg", forward="detection")
+    return MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=100)
+
+
+def target(count: int = 3, side: int = SIDE, padded: tuple[int, int] = (SIDE, SIDE)) -> dict[str, Any]:
+    """Rectangles of integer corners."""
+    corners = torch.randint(0, side // 2, (count, 2))
+    boxes = torch.cat([corners, corners + torch.randint(8, side // 2, (count, 2))], dim=1)
+    masks = torch.zeros(count, side, side, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    labels = torch.randint(1, 4, (count,))
+    return {"boxes": boxes.float(), "labels": labels, "masks": masks, "padded": padded}
+
+
+def test_it_has_the_parameters_of_the_paper() -> None:
+    with torch.device("meta"):
+        body = create_adapter("vit_adapter_tiny", "default", forward="detection")
+        model = MaskRCNN(body, 80)
+    row = body.embed_dim  # the official PE has a row for the class token, which these networks do not have
+    assert sum(parameter.numel() for parameter in body.parameters()) + row == 7_966_640
+    assert sum(parameter.numel() for parameter in model.parameters()) + row == 28_072_869
+
+
+def test_anchors_are_not_rounded_and_have_exact_strides() -> None:
+    grids = [(27, 40), (14, 20), (7, 10), (4, 5), (2, 3)]  # of 108 x 160 pixels, where torchvision takes 27 and 54
+    images = ImageList(torch.zeros(2, 3, 108, 160), [(108, 160)] * 2)
+    maps = [torch.zeros(2, 8, *grid, dtype=torch.bfloat16) for grid in grids]
+    first, second = ExactAnchors(PAPER_ANCHORS)(images, maps)
+    expected = []
+    for size, stride, (rows, columns) in zip(PAPER_ANCHORS, ANCHOR_STRIDES, grids, strict=True):
+        for y in range(rows):
+            for x in range(columns):
+                for ratio in (0.5, 1.0, 2.0):
+                    width, height = size / math.sqrt(ratio) / 2, size * math.sqrt(ratio) / 2
+                    expected.append([stride * x - width, stride * y - height, stride * x + width, stride * y + height])
+    torch.testing.assert_close(first, torch.tensor(expected), rtol=0, atol=1e-4)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, second)
+
+
+def plain_matches(quality: Tensor) -> list[int]:
+    """MMDetection's MaxIoUAssigner: an object's number, -1 background, -2 neither."""
+    objects, anchors = quality.shape
+    found = [-2] * anchors
+    for anchor in range(anchors):
+        best = max(range(objects), key=lambda one: (float(quality[one, anchor]), -one))
+        if quality[best, anchor] < 0.3:
+            found[anchor] = -1
+        elif quality[best, anchor] >= 0.7:
+            found[anchor] = best
+    for one in range(objects):
+        if quality[one].max() >= 0.3:
+            for anchor in range(anchors):
+                if quality[one, anchor] == quality[one].max():
+                    found[anchor] = one
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_object_gets_its_best_anchors_from_a_floor_on(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    quality = (torch.rand(4, 30, generator=generator) * 10).round() / 10  # with ties
+    quality[seed % 4] *= 0.3  # an object without a good anchor
+    matcher = FlooredMatcher(0.7, 0.3, floor=0.3)
+    assert matcher(quality.clone()).tolist() == plain_matches(quality)
+
+
+def test_anchors_outside_of_an_images_own_padding_are_left_out() -> None:
+    network = ProposalNetwork(8, CANVAS_ANCHORS, 50)
+    images = ImageList(torch.zeros(2, 3, 64, 128), [(60, 120), (50, 60)])
+    maps = [torch.zeros(2, 8, -(-64 // stride), -(-128 // stride)) for stride in ANCHOR_STRIDES]
+    anchors = network.anchor_generator(images, maps)
+    targets = [target(padded=(64, 128)), target(padded=(64, 64))]
+    labels, boxes = network.assign_targets_to_anchors(anchors, targets)
+    centers = (anchors[1][:, 0] + anchors[1][:, 2]) / 2
+    outside = centers > 63.5
+    assert 0 < int(outside.sum()) < len(outside)
+    assert (labels[1][outside] == -1).all()
+    assert torch.equal(within(anchors[1], (64, 64)), ~outside)
+    for label, box, own, one in zip(labels, boxes, anchors, targets, strict=True):
+        inside = within(own, one["padded"])
+        expected = plain_matches(box_iou(one["boxes"], own[inside]))
+        assert [min(match, 0) if match < 0 else 1 for match in expected] == [
+            {1: 1, 0: -1, -1: -2}[int(value)] for value in label[inside]
+        ]
+        positive = torch.tensor(expected) >= 0
+        assert torch.equal(box[inside][positive], one["boxes"][torch.tensor(expected)[positive]])
+
+
+def test_the_losses_of_proposals_are_cross_entropy_and_l1_over_the_samples() -> None:
+    network = ProposalNetwork(8, CANVAS_ANCHORS, 50)
+    labels = [torch.tensor([1.0, 0, -1, 0]), torch.tensor([0.0, 1, 0, -1])]
+    scores, offsets, wanted = torch.randn(8, 1), torch.randn(8, 4), torch.randn(8, 4)
+    objectness, box = network.compute_loss(scores, offsets, labels, list(wanted.split(4)))
+    plain = [math.log1p(math.exp(-float(s))) if v == 1 else math.log1p(math.exp(float(s)))
+             for s, v in zip(scores, torch.cat(labels), strict=True) if v >= 0]  # fmt: skip
+    assert float(objectness) == pytest.approx(sum(plain) / 6, rel=1e-5)
+    assert float(box) == pytest.approx(float((offsets - wanted).abs()[[0, 5]].sum()) / 6, rel=1e-5)
+
+
+def test_heads_give_float32_in_any_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, offsets = FloatHead(4, 3)([torch.randn(1, 4, 3, 3)])
+    assert {one.dtype for one in (*scores, *offsets)} == {torch.float32}
+
+
+@pytest.mark.parametrize(("box", "stride"), [((20.3, 33.1, 50.2, 60.9), 4), ((90.5, 70, 290.5, 230), 8)])
+def test_regions_are_cut_out_at_their_exact_place(box: tuple[float, ...], stride: int) -> None:
+    """On maps that hold the places of their own pixels, a cut is the places of its cells."""
+    side = 320
+    maps = {}
+    for number, own in enumerate((4, 8, 16, 32)):
+        centers = (torch.arange(side // own) + 0.5) * own
+        grid = torch.stack(torch.meshgrid(centers, centers, indexing="ij"))[[1, 0]]
+        maps[str(number)] = grid[None] if own == stride else torch.full_like(grid[None], torch.nan)
+    cut = AlignedPool(7)(maps, [torch.tensor([box])], [(300, 310)])[0]
+    left, top, right, bottom = box
+    cells = (torch.arange(7) + 0.5) / 7
+    torch.testing.assert_close(cut[0], (left + cells * (right - left)).expand(7, -1), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(cut[1], (top + cells * (bottom - top))[:, None].expand(-1, 7), rtol=1e-5, atol=1e-3)
+
+
+def plain_paste(mask: Tensor, box: tuple[float, ...], height: int, width: int) -> Tensor:
+    """The mask, zero around it, at the center of each pixel."""
+    side = len(mask)
+    image = torch.zeros(height, width, dtype=torch.bool)
+    for row in range(height):
+        for column in range(width):
+            x = (column + 0.5 - box[0]) / (box[2] - box[0]) * side - 0.5
+            y = (row + 0.5 - box[1]) / (box[3] - box[1]) * side - 0.5
+            value = 0.0
+            for j in (math.floor(y), math.floor(y) + 1):
+                for i in (math.floor(x), math.floor(x) + 1):
+                    if 0 <= i < side and 0 <= j < side:
+                        value += float(mask[j, i]) * (1 - abs(x - i)) * (1 - abs(y - j))
+            image[row, column] = value >= 0.5
+    return image
+
+
+@pytest.mark.parametrize("box", [(3.3, 2.2, 17.8, 13.4), (-2.5, 4.0, 6.2, 30.0), (5.1, 5.2, 5.9, 5.8), (8, 8, 8, 9)])
+def test_a_mask_is_pasted_at_float_boxes(box: tuple[float, ...]) -> None:
+    mask = torch.rand(28, 28, generator=torch.Generator().manual_seed(0))
+    expected = plain_paste(mask, box, 16, 20) if box[2] > box[0] else torch.zeros(16, 20, dtype=torch.bool)
+    assert torch.equal(paste_mask(mask, box, 16, 20), expected)
+
+
+def test_targets_of_masks_are_zeros_and_ones_at_the_exact_place() -> None:
+    masks = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    masks[1, 10:30, 5:25] = 1
+    boxes = torch.tensor([[5.0, 10, 25, 30], [5, 10, 45, 50], [15, 10, 35, 30]])
+    found = mask_targets(masks, boxes, torch.tensor([1, 1, 1]))
+    assert found[0].eq(1).all()
+    assert torch.equal(found[1][:14, :14], torch.ones(14, 14))
+    assert found[1].sum() == 14 * 14
+    assert torch.equal(found[2], torch.cat([torch.ones(28, 14), torch.zeros(28, 14)], dim=1))
+    assert not mask_targets(masks, boxes, torch.tensor([0, 0, 0])).any()
+
+
+def test_the_box_loss_is_l1_over_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = RegionHeads(3, channels=4, hidden=8, regions=64).train()
+    monkeypatch.setattr(heads, "_masks", lambda features, boxes, sizes: torch.zeros(sum(map(len, boxes)), 4, 28, 28))
+    scores, offsets = torch.randn(9, 4), torch.randn(9, 16)
+    monkeypatch.setattr(heads, "_boxes", lambda features, boxes, sizes: (scores, offsets))
+    one = target(3)
+    proposals = torch.cat([one["boxes"] + 1, torch.tensor([[0.0, 0, 3, 3], [40, 0, 43, 3], [0, 40, 3, 43]])])
+    chosen = heads.select_training_samples([proposals], [one])
+    assert len(chosen[0][0]) == 9  # the three objects are added
+    losses = heads._losses({}, [proposals], [(SIDE, SIDE)], [one])
+    labels, wanted = chosen[2][0], chosen[3][0]
+    expected = 0.0
+    for row, label in enumerate(labels.tolist()):
+        if label:
+            expected += float((offsets[row, 4 * label : 4 * label + 4] - wanted[row]).abs().sum()) / 9
+    assert float(losses["box"]) == pytest.approx(expected, rel=1e-5)
+    assert float(losses["mask"]) == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_new_heads_have_the_initial_weights_of_mmdetection() -> None:
+    heads = RegionHeads(80, channels=256, hidden=1024, regions=512).requires_grad_(False)
+    bound = math.sqrt(6 / (256 * 49 + 1024))
+    assert 0.99 * bound < float(heads.box_head.fc6.weight.abs().max()) <= bound
+    assert bound == pytest.approx(0.021, abs=5e-4)
+    assert float(heads.box_predictor.cls_score.weight.std()) == pytest.approx(0.01, rel=0.02)
+    assert float(heads.box_predictor.bbox_pred.weight.std()) == pytest.approx(0.001, rel=0.02)
+    assert not any(value.any() for name, value in heads.named_parameters() if name.endswith("bias"))
+
+
+def test_every_parameter_gets_a_gradient_after_a_step(detector: MaskRCNN) -> None:
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.01)
+    images, sizes = torch.randn(2, 3, SIDE, SIDE), [(SIDE, SIDE)] * 2
+    for _ in range(3):  # the injectors' gammas start at 0, and so do the weights of the offsets behind them
+        optimizer.zero_grad()
+        sum(detector(images, sizes, [target(), target()]).values()).backward()
+        optimizer.step()
+    dead = [name for name, one in detector.named_parameters() if one.grad is None or not one.grad.any()]
+    assert dead == []
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3)])
+def test_scenes_without_objects_have_finite_losses(detector: MaskRCNN, counts: tuple[int, ...]) -> None:
+    losses = detector(torch.randn(2, 3, SIDE, SIDE), [(SIDE, SIDE)] * 2, [target(count) for count in counts])
+    assert set(losses) == {"objectness", "proposal", "class", "box", "mask"}
+    sum(losses.values()).backward()
+    gradients = [parameter.grad for parameter in detector.parameters()]
+    assert all(one is not None and one.isfinite().all() for one in gradients)
+    assert all(loss.isfinite() for loss in losses.values())
+    if not any(counts):
+        assert not float(losses["box"].detach() + losses["mask"].detach() + losses["proposal"].detach())
+
+
+def test_what_is_found_is_inside_the_image_without_its_padding(detector: MaskRCNN) -> None:
+    (found,) = detector.requires_grad_(False).eval()(torch.randn(1, 3, SIDE, SIDE), [(50, 60)])
+    assert len(found["boxes"]) == 100
+    assert found["masks"].shape == (100, 28, 28)
+    assert (found["boxes"] >= 0).all()
+    assert float(found["boxes"][:, 2].max()) <= 60
+    assert float(found["boxes"][:, 3].max()) <= 50
+    assert (found["scores"].diff() <= 0).all()
+    assert set(found["labels"].tolist()) <= {1, 2, 3}
+
+
+def test_no_position_embedding_is_decayed(detector: MaskRCNN) -> None:
+    assert detector.no_weight_decay() == {"backbone.body.vit.pos_embed", "backbone.body.level_embed"}
+    assert isinstance(detector.transform, nn.Identity)
+
+
+def test_a_wrong_number_of_anchor_sizes_is_refused() -> None:
+    body = create_adapter("vit_pyramid_canvas", "gap", forward="detection")
+    with pytest.raises(ValueError, match=r"anchor_sizes are \(8, 16\); allowed: one for each of the strides 4, 8, 16"):
+        MaskRCNN(body, 3, anchor_sizes=(8, 16))
