@@ -17,11 +17,13 @@ class NetworkConfig:
     drop_path: float = 0.0
     """Stochastic depth at the last layer, growing linearly from 0; in [0, 1)."""
     init: str | None = None
-    """Checkpoint to start from, of any method, image size and number of classes; 'pretrained': timm's own weights."""
+    """Checkpoint to start from, of any method, image size and number of classes, or a run folder, whose best one is
+    taken; 'pretrained': timm's own weights."""
     readout: Literal["keep", "method"] = "keep"
     """For timm/<name>: keep the network's own read-out, or use the method's."""
     sync_bn: bool = False
-    """Whether BatchNorm (CeiT) normalizes over the batch of all processes, on GPUs; the paper does not."""
+    """Whether BatchNorm normalizes over the batch of all processes, on GPUs: not in the paper's CeiT, but in its runs
+    of detection and segmentation."""
     start: Literal["fresh", "preserve"] = "fresh"
     """For timm/<name>: deliver from the first step, or start from the unchanged outputs of the original network."""
     mean: tuple[float, ...] | None = None
@@ -118,6 +120,8 @@ class OptimConfig:
     """Maximum global gradient norm; None: no clipping."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up, counted inside `epochs`."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up, in place of `warmup_epochs`, whatever the number of epochs; None: off."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: float = 1e-5
@@ -143,6 +147,13 @@ class OptimConfig:
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
         for name in ("schedule_lag", "cooldown_epochs"):
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a whole number >= 0")
+        steps = self.warmup_steps
+        check("optim.warmup_steps", steps, steps is None or steps >= 0, "a whole number >= 0")
+        if steps is not None and self.warmup_epochs:
+            raise ValueError(
+                f"optim.warmup_steps {steps} and optim.warmup_epochs {self.warmup_epochs:g} both give the warm-up; "
+                "leave one out"
+            )
         check("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
         low, high = self.betas
         check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")

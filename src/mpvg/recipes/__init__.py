@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
-from mpvg.recipes import paper
+from mpvg.recipes import paper, segmentation
 from mpvg.validation import MAX_INT, unknown_name
 
 
@@ -134,6 +134,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "t2t_vit_7": paper.t2t_vit_7,
     "vit_lite_7_cifar100": paper.vit_lite_7_cifar100,
     "t2t_vit_7_cifar100": paper.t2t_vit_7_cifar100,
+    "ade20k_vit_adapter_tiny": segmentation.ade20k_vit_adapter_tiny,
+    "canvas_segmentation": segmentation.canvas_segmentation,
+    "canvas-tiles": segmentation.canvas_tiles,
 }
 """The recipes by name; a data set's default recipe has its name, and a folder's is "folder"."""
 

@@ -7,6 +7,7 @@ from typing import Any
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
+from mpvg.tasks.segmentation import SegmentationOptions, SegmentationTask
 from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
@@ -21,7 +22,10 @@ class NoOptions:
     """The options of a task that has none."""
 
 
-_TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {"classification": (ClassificationTask, NoOptions)}
+_TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {
+    "classification": (ClassificationTask, NoOptions),
+    "segmentation": (SegmentationTask, SegmentationOptions),
+}
 
 
 def register(name: str, task: type[Task[Any]], options: type[Any] = NoOptions) -> None:

@@ -40,6 +40,7 @@ from mpvg.training.estimate import describe_start
 from mpvg.training.memory import OutOfMemory, memory_errors
 from mpvg.training.normalization import with_weights_normalization
 from mpvg.training.progress import Reporter
+from mpvg.training.starting import with_init_file
 from mpvg.training.state import TrainProgress, TrainState
 from mpvg.training.stopping import STOPPED_BY, GracefulShutdown, Interrupted
 
@@ -63,7 +64,7 @@ def train(config: RunConfig, *, quiet: bool = False, break_lock: bool = False) -
     """
     ensure_new_run_dir(Path(config.out))
     with memory_errors(config):
-        trainer = Trainer.create(with_weights_normalization(config), quiet=quiet)
+        trainer = Trainer.create(with_weights_normalization(with_init_file(config)), quiet=quiet)
     with trainer.lock(break_lock=break_lock):
         if trainer.accelerator.is_main_process:
             create_run(trainer.config, trainer.data.info, trainer.data.inventories)

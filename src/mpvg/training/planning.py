@@ -7,6 +7,7 @@ from mpvg.runs import ensure_new_run_dir
 from mpvg.training.estimate import describe_cost, describe_start, training_hours
 from mpvg.training.loop import Trainer
 from mpvg.training.normalization import with_weights_normalization
+from mpvg.training.starting import with_init_file
 
 
 def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
@@ -20,7 +21,7 @@ def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
         As `train`.
     """
     ensure_new_run_dir(Path(config.out))
-    trainer = Trainer.create(with_weights_normalization(config), quiet=True)
+    trainer = Trainer.create(with_weights_normalization(with_init_file(config)), quiet=True)
     return [describe_start(trainer), *describe_cost(trainer, measure=measure)]
 
 
