@@ -149,11 +149,6 @@ class OptimConfig:
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a whole number >= 0")
         steps = self.warmup_steps
         check("optim.warmup_steps", steps, steps is None or steps >= 0, "a whole number >= 0")
-        if steps is not None and self.warmup_epochs:
-            raise ValueError(
-                f"optim.warmup_steps {steps} and optim.warmup_epochs {self.warmup_epochs:g} both give the warm-up; "
-                "leave one out"
-            )
         check("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
         low, high = self.betas
         check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")

@@ -172,6 +172,11 @@ def _warmup_epochs(config: RunConfig, steps_per_epoch: int) -> float:
     steps, total = config.optim.warmup_steps, config.epochs * steps_per_epoch
     if steps is None:
         return config.optim.warmup_epochs
+    if config.optim.warmup_epochs:
+        raise ValueError(
+            f"optim.warmup_steps {steps} and optim.warmup_epochs {config.optim.warmup_epochs:g} both give the warm-up; "
+            "set warmup_epochs to 0, or leave out warmup_steps"
+        )
     if config.optim.schedule_unit == "epoch":
         raise ValueError(
             f"optim.warmup_steps is {steps}, but the rate changes every epoch; give optim.schedule_unit step"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -137,7 +138,8 @@ class UperNet(nn.Module):
 
     def _synchronized(self) -> bool:
         """Whether BatchNorm normalizes over the images of all processes."""
-        return isinstance(self.decode_head.bottleneck.batch_norm, nn.SyncBatchNorm)
+        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        return several and isinstance(self.decode_head.bottleneck.batch_norm, nn.SyncBatchNorm)
 
 
 def resized(logits: Tensor, size: Any) -> Tensor:
