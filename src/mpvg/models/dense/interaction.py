@@ -11,7 +11,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from mpvg.models.adapting import Grid
-from mpvg.models.dense.quiet import import_quietly
+from mpvg.models.dense.quiet import quiet_import
 
 EPS = 1e-6
 """Epsilon of every LN of the adapter."""
@@ -26,8 +26,9 @@ def _sampling() -> nn.Module:
     Raises:
         ModuleNotFoundError: transformers is not installed.
     """
-    models = import_quietly("transformers.models.deformable_detr.modeling_deformable_detr")
-    module: nn.Module = models.MultiScaleDeformableAttention()
+    with quiet_import():
+        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+    module: nn.Module = MultiScaleDeformableAttention()
     return module
 
 

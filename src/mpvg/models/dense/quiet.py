@@ -1,30 +1,25 @@
-"""Imports parts of transformers when they are needed, and lets nothing of what the import says reach the user."""
+"""Silence for imports of transformers, which take seconds, and print and log about packages that are not used here."""
 
 import contextlib
-import functools
-import importlib
 import io
 import logging
 import warnings
-from typing import Any
+from collections.abc import Iterator
 
 
-@functools.cache
-def import_quietly(module: str) -> Any:
-    """A module of transformers; its import takes seconds, and prints and logs about packages that are not used here.
-
-    Args:
-        module: full name.
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Lets nothing of what an import says reach the user.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed.
+        ModuleNotFoundError: transformers is not installed; it says how to install it.
     """
     said, previous = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
-            return importlib.import_module(module)
+            yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"dense networks need transformers ({error}); pip install 'mpvg[dense]'") from error
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliverySpec
 from mpvg.models.adapting import LoadReport
 from mpvg.models.dense.official import BACKBONE, Part
-from mpvg.models.dense.quiet import import_quietly
+from mpvg.models.dense.quiet import quiet_import
 from mpvg.models.dense.trunk import STRIDES, DenseBackbone
 
 DROPOUT = 0.1
@@ -66,17 +66,15 @@ class UperNet(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        heads = import_quietly("transformers.models.upernet.modeling_upernet")
-        settings = import_quietly("transformers.models.upernet.configuration_upernet").UperNetConfig(
-            hidden_size=channels, auxiliary_channels=auxiliary_channels, num_labels=num_classes
-        )
+        with quiet_import():
+            from transformers.models.upernet.configuration_upernet import UperNetConfig
+            from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+        settings = UperNetConfig(hidden_size=channels, auxiliary_channels=auxiliary_channels, num_labels=num_classes)
         widths = [backbone.embed_dim] * len(STRIDES)
         self.frozen = frozen
         self.backbone = backbone.requires_grad_(not frozen)
-        self.decode_head = _with_mmseg_values(heads.UperNetHead(settings, in_channels=widths))
-        self.auxiliary_head = _with_mmseg_values(
-            heads.UperNetFCNHead(settings, in_channels=widths, in_index=AUXILIARY_MAP)
-        )
+        self.decode_head = _with_mmseg_values(UperNetHead(settings, in_channels=widths))
+        self.auxiliary_head = _with_mmseg_values(UperNetFCNHead(settings, in_channels=widths, in_index=AUXILIARY_MAP))
 
     @property
     def remark(self) -> str:
