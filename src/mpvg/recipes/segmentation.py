@@ -80,7 +80,7 @@ def canvas_tiles() -> RunConfig:
         data="canvas-tiles",
         model="vit_canvas_patch16_64",
         epochs=20,
-        batch_size=64,
+        batch_size=50,
         lr=2e-3,
         recipe="canvas-tiles",
         optim=OptimConfig(weight_decay=0.05, warmup_epochs=1),
