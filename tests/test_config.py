@@ -216,6 +216,6 @@ def test_a_missing_key_is_named() -> None:
 def test_every_recipe_names_itself_and_survives_yaml(name: str) -> None:
     config = RECIPES[name]()
     assert config.recipe == name
-    assert config.data in (name, "folder", "cifar100", "coco/coco", "coco/canvas")
+    assert config.data in (name, "folder", "cifar100", "coco/coco", "ade20k", "canvas")
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
     assert RECIPES[name].__doc__

@@ -40,7 +40,7 @@ from mpvg.tasks.coco_metrics import average_precision, dataset, truth_record
 from mpvg.tasks.detection import DetectionOptions, DetectionTask
 from mpvg.tasks.detections import Detections
 from mpvg.training.loop import Trainer
-from mpvg.training.weights import with_weights_file
+from mpvg.training.starting import with_init_file
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -359,7 +359,7 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
         assert drawn.size == (128, 128)
     results = json.loads((tmp_path / "found/000001.png.json").read_text())
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()
-    started = with_weights_file(replace(config, network=NetworkConfig(init=str(whole)))).network.init
+    started = with_init_file(replace(config, network=NetworkConfig(init=str(whole)))).network.init
     assert started is not None
     assert (whole / "checkpoints/best").resolve() / "model.safetensors" == Path(started).resolve()
     assert "best" not in started

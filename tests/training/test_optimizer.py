@@ -1,5 +1,6 @@
 """Optimizer, schedule, and the optimizer's state as tensors and JSON."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -143,6 +144,26 @@ def test_a_peak_below_the_ends_flattens_them(tiny: MakeConfig) -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-7)
 
 
+def test_a_warm_up_is_given_in_steps_whatever_the_epochs(tiny: MakeConfig) -> None:
+    for epochs, steps_per_epoch in ((4, 10), (2, 20), (8, 5)):
+        config = tiny(epochs=epochs, lr=1e-2, optim=OptimConfig(warmup_steps=7, warmup_lr=1e-4, min_lr=0.0))
+        found = rates(config, steps_per_epoch)
+        assert found[:7] == pytest.approx([1e-4 + (1e-2 - 1e-4) * step / 7 for step in range(7)])
+        assert found[7:] == pytest.approx([cosine(step, 40, 0, 1e-2) for step in range(7, 40)])
+
+
+def test_a_warm_up_in_steps_that_does_not_fit_is_refused(tiny: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="optim.warmup_steps 3 and optim.warmup_epochs 1 both give the warm-up"):
+        rates(tiny(epochs=2, optim=OptimConfig(warmup_steps=3, warmup_epochs=1)), 10)
+    with pytest.raises(ValueError, match="optim.warmup_steps is -1; allowed: a whole number >= 0"):
+        OptimConfig(warmup_steps=-1)
+    with pytest.raises(ValueError, match="optim.warmup_steps is 20, and the run has 20 steps; give fewer"):
+        rates(tiny(epochs=2, optim=OptimConfig(warmup_steps=20)), 10)
+    by_epoch = OptimConfig(warmup_steps=2, schedule_unit="epoch")
+    with pytest.raises(ValueError, match="but the rate changes every epoch; give optim.schedule_unit step"):
+        rates(tiny(epochs=2, optim=by_epoch), 10)
+
+
 # ---- the schedules of the paper's runs, against formulas
 
 
@@ -165,6 +186,17 @@ def by_epoch(name: str) -> list[float]:
     found = rates(recipe(name), 2)
     assert found[::2] == found[1::2]
     return found[::2]
+
+
+def test_the_segmenters_rate_falls_linearly_after_1500_steps() -> None:
+    """mmcv's `poly` of power 1 over 160,000 steps; its warm-up is of the falling rate, so up to 1 % lower."""
+    config = dataclasses.replace(recipe("ade20k_vit_adapter_tiny"), epochs=160)
+    found = rates(config, 1000)  # 160 times 1,000 steps are as many as 10 times 16,000
+    assert found[1500:] == pytest.approx([12e-5 * (1 - step / 160_000) for step in range(1500, 160_000)], rel=1e-9)
+    for step in range(1500):
+        regular = 12e-5 * (1 - step / 160_000)
+        theirs = regular * (1 - (1 - step / 1500) * (1 - 1e-6))
+        assert theirs * (1 - 1e-9) <= found[step] <= 1.0095 * theirs
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_small", "deit_base", "ceit_tiny"])

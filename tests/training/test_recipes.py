@@ -13,7 +13,7 @@ from PIL import Image
 
 from mpvg import create_model, runs
 from mpvg.config import RunConfig
-from mpvg.data import cells
+from mpvg.data import cells, named_sets
 from mpvg.recipes import RECIPES, recipe
 from mpvg.training import train
 
@@ -80,6 +80,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "t2t_vit_7": write_folder,
     "vit_lite_7_cifar100": write_cifar100,
     "t2t_vit_7_cifar100": write_cifar100,
+    "canvas-tiles": write_digits,
 }
 SMALLER = dict.fromkeys(("deit_small", "deit_base"), "deit_tiny_patch16_224")
 """Of the same family, in place of networks whose steps and files would take most of a minute."""
@@ -97,6 +98,7 @@ def test_every_recipe_has_its_files_here() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_recipe_trains_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "SIZES", {"train": 16, "val": 16})
+    monkeypatch.setattr(named_sets, "TILES", {"train": 16, "val": 16})
     root = LAYOUTS[name](tmp_path)
     config = recipe(name, str(root) if name in FOLDERS else None)
     with torch.device("meta"):

@@ -28,7 +28,8 @@ class NetworkConfig:
     registers: int = 0
     """ViT: tokens beside the patches that nothing reads out."""
     sync_bn: bool = False
-    """Whether BatchNorm (CeiT) normalizes over the batch of all processes, on GPUs; the paper does not."""
+    """Whether BatchNorm normalizes over the batch of all processes, on GPUs: not in the paper's CeiT, but in its runs
+    of detection and segmentation."""
     start: Literal["fresh", "preserve"] = "fresh"
     """For timm/<name>: deliver from the first step, or start from the unchanged outputs of the original network."""
     mean: tuple[float, ...] | None = None
@@ -126,6 +127,8 @@ class OptimConfig:
     """Maximum global gradient norm; None: no clipping."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up, counted inside `epochs`."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up, in place of `warmup_epochs`, whatever the number of epochs; None: off."""
     warmup_lr: float = 1e-6
     """Learning rate at the first step of the warm-up."""
     min_lr: float = 1e-5
@@ -153,6 +156,8 @@ class OptimConfig:
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
         for name in ("schedule_lag", "cooldown_epochs"):
             check(f"optim.{name}", getattr(self, name), getattr(self, name) >= 0, "a whole number >= 0")
+        steps = self.warmup_steps
+        check("optim.warmup_steps", steps, steps is None or steps >= 0, "a whole number >= 0")
         check("optim.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
         low, high = self.betas
         check("optim.betas", self.betas, 0 <= low < 1 and 0 <= high < 1, "two numbers in [0, 1)")

@@ -34,6 +34,8 @@ ADDED_FIELDS: dict[str, Any] = {
     "network.registers": 0,
     "log_gradients": False,
     "optim.milestones": [],
+    "optim.warmup_steps": None,
+    "steps_per_epoch": None,
 }
 """Fields younger than format 1 -> the value that reproduces runs made before: files without the field are read with it,
 and the digest leaves a field out where it has this value."""
@@ -65,7 +67,9 @@ class RunConfig:
     subtract_mean: bool = False
     """Named sets: whether the mean image of the training set is subtracted from every image."""
     epochs: int
-    """Passes over the training set."""
+    """Passes over the training set, or parts of `steps_per_epoch`; each ends with an evaluation."""
+    steps_per_epoch: int | None = None
+    """Steps of an epoch, where the length of a run is given in steps; None: those of a pass over the training set."""
     batch_size: int
     """Images per step, over all processes."""
     lr: float
@@ -107,6 +111,8 @@ class RunConfig:
         check_choices(self, "")
         for name in ("epochs", "batch_size", "accumulate"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
+        steps = self.steps_per_epoch
+        check("steps_per_epoch", steps, steps is None or steps >= 1, "a whole number >= 1")
         check("lr", self.lr, self.lr > 0, "a number > 0")
         check("seed", self.seed, 0 <= self.seed < 2**31, "a whole number in [0, 2^31)")
         check("val_share", self.val_share, 0 <= self.val_share < 1, "a number in [0, 1)")

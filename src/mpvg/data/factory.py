@@ -11,6 +11,8 @@ from typing import Any
 
 from mpvg.config import RunConfig
 from mpvg.data import ade20k, coco, hub, tensors
+from mpvg.data.canvas import CANVASES
+from mpvg.data.fixed_steps import FixedSteps
 from mpvg.data.images import ImageFiles
 from mpvg.data.layout import open_files
 from mpvg.data.listing import NO_SHARE, Classes, Format, Listing
@@ -24,6 +26,23 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 _FORMATS: dict[str, Format] = {hub.NAME: hub.open_hub, coco.NAME: coco.open_coco, ade20k.NAME: ade20k.open_ade20k}
 _SPLITTABLE: tuple[Format, ...] = (open_files, hub.open_hub)
 _FORMATS.update(dict.fromkeys(DATASETS, tensors.open_named))
+_SCENES: dict[str, Format] = {"detection": coco.open_coco, "segmentation": ade20k.open_ade20k}
+"""Task -> the layout in which it reads a canvas that is given by its name alone."""
+
+
+def open_canvas(config: RunConfig, splits: Sequence[Split], class_names: Classes | None) -> Listing:
+    """Lists a canvas, `--data canvas`, in the layout that the run's task reads; a `Format`."""
+    if config.task not in _SCENES:
+        raise ValueError(
+            f"data {config.data!r} has scenes, and the task is {config.task!r}; allowed: {', '.join(_SCENES)}, as in "
+            "--recipe canvas_segmentation; for classification there is canvas-tiles"
+        )
+    open_layout = _SCENES[config.task]
+    layout = coco.NAME if open_layout is coco.open_coco else ade20k.NAME
+    return open_layout(replace(config, data=f"{layout}/{config.data}"), splits, class_names)
+
+
+_FORMATS.update(dict.fromkeys(CANVASES, open_canvas))
 
 
 def register_format(name: str, open: Format) -> None:
@@ -178,4 +197,7 @@ def open_data(config: RunConfig, shard: Shard, make_pipeline: MakePipeline = ima
     listing = open_listing(config)
     info = describe(config, listing)
     opened = partial(open_split, listing, config=config, info=info, shard=shard, make_pipeline=make_pipeline)
-    return Data(info, train=opened("train"), val=opened("val"), inventories=listing.inventories)
+    train = opened("train")
+    if config.steps_per_epoch is not None:
+        train = FixedSteps(train, config.steps_per_epoch)
+    return Data(info, train=train, val=opened("val"), inventories=listing.inventories)

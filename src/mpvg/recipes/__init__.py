@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
-from mpvg.recipes import detection, paper
+from mpvg.recipes import detection, paper, segmentation
 from mpvg.validation import MAX_INT, unknown_name
 
 
@@ -136,6 +136,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "t2t_vit_7_cifar100": paper.t2t_vit_7_cifar100,
     "coco_mask_rcnn_vit_adapter_tiny": detection.coco_mask_rcnn_vit_adapter_tiny,
     "canvas_detection": detection.canvas_detection,
+    "ade20k_vit_adapter_tiny": segmentation.ade20k_vit_adapter_tiny,
+    "canvas_segmentation": segmentation.canvas_segmentation,
+    "canvas-tiles": segmentation.canvas_tiles,
 }
 """The recipes by name; a data set's default recipe has its name, and a folder's is "folder"."""
 

@@ -59,7 +59,7 @@ def canvas_detection() -> RunConfig:
     return RunConfig(
         task="detection",
         task_options=CANVAS_OPTIONS,
-        data="coco/canvas",
+        data="canvas",
         model="vit_adapter_canvas",
         epochs=2,
         batch_size=4,

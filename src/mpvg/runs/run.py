@@ -64,14 +64,19 @@ class Run:
             FileNotFoundError: there is no such checkpoint, or no averaged weights in it.
             ValueError: the weights are damaged or do not fit the config; another checkpoint is not used unasked.
         """
+        file = self.weights_file(which, ema=ema)
+        model = self.task().build_model(init=False)
+        load_weights(model, file)
+        return model.eval()
+
+    def weights_file(self, which: Which = "last", *, ema: bool = False) -> Path:
+        """The file of a checkpoint's weights, in the folder of its step; arguments and errors as `model`."""
         folder = self._checkpoint_folder(which)
         file = folder / ("ema.safetensors" if ema else "model.safetensors")
         verify(folder, [file.name])
         if not file.is_file():
             raise FileNotFoundError(f"no {file.name} in {folder}; averaged weights need --ema_decay at training")
-        model = self.task().build_model(init=False)
-        load_weights(model, file)
-        return model.eval()
+        return file
 
     def _checkpoint_folder(self, which: Which) -> Path:
         """The folder of a checkpoint; where the pointer to the best one is lost the metrics say which it is."""

@@ -8,6 +8,7 @@ from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.tasks.detection import DetectionOptions, DetectionTask
+from mpvg.tasks.segmentation import SegmentationOptions, SegmentationTask
 from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
@@ -26,6 +27,7 @@ class NoOptions:
 _TASKS: dict[str, tuple[type[Task[Any]], type[Any]]] = {
     "classification": (ClassificationTask, NoOptions),
     "detection": (DetectionTask, DetectionOptions),
+    "segmentation": (SegmentationTask, SegmentationOptions),
 }
 
 

@@ -41,9 +41,9 @@ from mpvg.training.estimate import describe_start
 from mpvg.training.gradients import check_gradient_norms, gradient_norms
 from mpvg.training.normalization import with_weights_normalization
 from mpvg.training.progress import Reporter
+from mpvg.training.starting import with_init_file
 from mpvg.training.state import TrainProgress, TrainState
 from mpvg.training.stopping import STOPPED_BY, GracefulShutdown, Interrupted
-from mpvg.training.weights import with_weights_file
 
 
 class NonFiniteLoss(ValueError):
@@ -65,7 +65,7 @@ def train(config: RunConfig, *, quiet: bool = False, break_lock: bool = False) -
     """
     ensure_new_run_dir(Path(config.out))
     with memory_errors(training_cure(config)):
-        trainer = Trainer.create(with_weights_normalization(with_weights_file(config)), quiet=quiet)
+        trainer = Trainer.create(with_weights_normalization(with_init_file(config)), quiet=quiet)
     with trainer.lock(break_lock=break_lock):
         if trainer.accelerator.is_main_process:
             create_run(trainer.config, trainer.data.info, trainer.data.inventories)

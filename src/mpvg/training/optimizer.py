@@ -154,7 +154,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
             "with multistep, which needs them, and with no other schedule"
         )
     units = 1 if by_epoch else steps_per_epoch
-    length = config.epochs - optim.cooldown_epochs - (optim.warmup_epochs if optim.warmup_prefix else 0)
+    warmup = _warmup_epochs(config, steps_per_epoch)
+    length = config.epochs - optim.cooldown_epochs - (warmup if optim.warmup_prefix else 0)
     # In units, not in epochs: a warm-up of half an epoch is a whole number of steps.
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -165,11 +166,30 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: RunConfig, steps_pe
         decay_rate=optim.decay_rate,
         min_lr=min(optim.min_lr, config.lr),
         warmup_lr=min(optim.warmup_lr, config.lr),
-        warmup_epochs=round(optim.warmup_epochs * units),
+        warmup_epochs=round(warmup * units),
         warmup_prefix=optim.warmup_prefix,
     )
     scheduler.t_in_epochs = by_epoch
     return Schedule(scheduler, by_epoch, optim.schedule_lag)
+
+
+def _warmup_epochs(config: RunConfig, steps_per_epoch: int) -> float:
+    """The epochs of the warm-up, also where the config gives its steps."""
+    steps, total = config.optim.warmup_steps, config.epochs * steps_per_epoch
+    if steps is None:
+        return config.optim.warmup_epochs
+    if config.optim.warmup_epochs:
+        raise ValueError(
+            f"optim.warmup_steps {steps} and optim.warmup_epochs {config.optim.warmup_epochs:g} both give the warm-up; "
+            "set warmup_epochs to 0, or leave out warmup_steps"
+        )
+    if config.optim.schedule_unit == "epoch":
+        raise ValueError(
+            f"optim.warmup_steps is {steps}, but the rate changes every epoch; give optim.schedule_unit step"
+        )
+    if steps >= total:
+        raise ValueError(f"optim.warmup_steps is {steps}, and the run has {total} steps; give fewer")
+    return steps / steps_per_epoch
 
 
 def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

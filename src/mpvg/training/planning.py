@@ -7,7 +7,7 @@ from mpvg.runs import ensure_new_run_dir
 from mpvg.training.estimate import describe_cost, describe_start, training_hours
 from mpvg.training.loop import Trainer
 from mpvg.training.normalization import with_weights_normalization
-from mpvg.training.weights import with_weights_file
+from mpvg.training.starting import with_init_file
 
 
 def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
@@ -21,7 +21,7 @@ def plan(config: RunConfig, *, measure: bool = False) -> list[str]:
         As `train`.
     """
     ensure_new_run_dir(Path(config.out))
-    trainer = Trainer.create(with_weights_normalization(with_weights_file(config)), quiet=True)
+    trainer = Trainer.create(with_weights_normalization(with_init_file(config)), quiet=True)
     return [describe_start(trainer), *describe_cost(trainer, measure=measure)]
 
 
@@ -31,4 +31,4 @@ def measure_hours(config: RunConfig) -> float:
     Raises:
         As `train`.
     """
-    return training_hours(Trainer.create(with_weights_file(config), quiet=True))[0]
+    return training_hours(Trainer.create(with_init_file(config), quiet=True))[0]

@@ -1,11 +1,7 @@
 """Injectors and extractors: how the tokens of a vision transformer and the maps of a spatial prior see each other."""
 
-import contextlib
 import functools
-import io
-import logging
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +11,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from mpvg.models.adapting import Grid
+from mpvg.models.dense.quiet import quiet_import
 
 EPS = 1e-6
 """Epsilon of every LN of the adapter."""
@@ -29,17 +26,8 @@ def _sampling() -> nn.Module:
     Raises:
         ModuleNotFoundError: transformers is not installed.
     """
-    # The import takes seconds, and prints and logs about packages that are not used here.
-    said, previous = io.StringIO(), logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            warnings.simplefilter("ignore")
-            from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"dense networks need transformers ({error}); pip install 'mpvg[dense]'") from error
-    finally:
-        logging.disable(previous)
+    with quiet_import():
+        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
     module: nn.Module = MultiScaleDeformableAttention()
     return module
 
