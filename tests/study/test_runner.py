@@ -122,7 +122,7 @@ def test_a_run_that_diverges_is_a_row_and_is_not_drawn_again(tmp_path: Path) -> 
     assert "the loss is" in rows["pvg"].reason
     assert folder.missing() == []
     number = [row.arm for row in folder.rows()].index("pvg") + 1
-    assert replay(*choose_row(folder.ledger, number), tmp_path / "again").agrees
+    assert replay(*choose_row(folder.ledger, number), tmp_path / "again", folder.path).agrees
 
 
 def test_a_complete_run_without_a_row_is_recorded_and_not_trained_again(study: Study, tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_elsewhere_a_row_is_compared_with_its_arms_other_seeds(study: Study, tmp
     folder.ledger.write_text(folder.ledger.read_text().replace('"hardware": "', '"hardware": "other, '))
     row, others = choose_row(folder.ledger, 1)
     assert [other.arm for other in others] == [row.arm] * 2
-    found = replay(row, others, tmp_path / "again")
+    found = replay(row, others, tmp_path / "again", tmp_path)
     assert found.agrees
     assert found.lines[-1] == "the weights are the same to the bit"
     far = [type(row)(**{**vars(other), "metrics": {"accuracy": 0.9, "nll": 9 + n}}) for n, other in enumerate(others)]
     moved = type(row)(**{**vars(row), "weights": "0" * 64, "metrics": {"accuracy": 0.9, "nll": 9.0}})
-    assert not replay(moved, far, tmp_path / "third").agrees
+    assert not replay(moved, far, tmp_path / "third", tmp_path).agrees
 
 
 def test_a_run_that_another_machine_holds_stops_only_itself(study: Study, tmp_path: Path) -> None:

@@ -355,7 +355,7 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
     picture = scenes / "images/validation/000001.png"
     assert main(["predict", str(whole), str(picture), "--out", str(tmp_path / "found")]) == 0
     assert " with a score below 30 %" in capsys.readouterr().out
-    with Image.open(tmp_path / "found/000001.png.png") as drawn:
+    with Image.open(tmp_path / "found/000001.png.drawn.png") as drawn:
         assert drawn.size == (128, 128)
     results = json.loads((tmp_path / "found/000001.png.json").read_text())
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()

@@ -290,10 +290,15 @@ def test_a_prediction_is_a_map_with_shares_and_a_png() -> None:
     first, second = task(config(sliding=False)).predict(Colors(), images)
     assert first.lines() == [" 75.00 %  c", " 25.00 %  a"]
     assert second.lines() == ["100.00 %  b"]
-    image = Image.open(io.BytesIO(first.png()))
+    ending, content = first.file("scene.png")
+    assert ending == ".labels.png"
+    image = Image.open(io.BytesIO(content))
     assert (image.mode, image.size) == ("P", (64, 32))
     assert np.array_equal(np.asarray(image), first.labels)
     assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) == 2
+    large = first.resized(64, 128)
+    assert np.array_equal(large.labels[::2, ::2], first.labels)
+    assert large.draw(Image.new("RGB", (128, 64))).width == 128
 
 
 # ---- runs
@@ -368,13 +373,16 @@ def test_a_run_on_a_canvas_is_killed_and_resumed_to_the_same_bits(
     scene = next((tmp_path / "cache/canvas/canvas-v1/images/validation").glob("*.png"))
     for arguments, expected in (
         (["evaluate", str(whole)], f"{whole}: mIoU {100 * lines[-1]['miou']:.2f} %"),
-        (["predict", str(whole), str(scene)], " %  "),
+        (["predict", str(whole), str(scene), "--out", str(tmp_path / "found")], " %  "),
         (["runs", str(tmp_path)], "mIoU"),
     ):
         assert main(arguments) == 0
         assert expected in capsys.readouterr().out
     assert main(["plot", str(whole), "--out", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 1000
+    with Image.open(scene) as given, Image.open(tmp_path / "found" / f"{scene.name}.labels.png") as labels:
+        assert labels.size == given.size
+    assert (tmp_path / "found" / f"{scene.name}.drawn.png").is_file()
 
 
 def test_a_run_starts_from_the_folder_of_a_classifier_and_trains_heads_alone(

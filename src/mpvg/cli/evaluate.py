@@ -44,7 +44,7 @@ def predict(arguments: list[str]) -> int:
     """Prints what a checkpoint says about images."""
     parser = run_parser("predict", "Prints what is in each image: its most probable classes, or the objects.", "best")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--out", metavar="DIR", help="folder for the images with what was found in them, and for JSON")
+    parser.add_argument("--out", metavar="DIR", help="folder for images with what was found, and JSON or label maps")
     given = parser.parse_args(arguments)
     from mpvg import runs
     from mpvg.data import read_image
@@ -74,17 +74,18 @@ def predict(arguments: list[str]) -> int:
 
 
 def _write(folder: Path, path: str, picture: "Image.Image", found: "Prediction") -> None:
-    """Writes an image with what was found in it, and the same as JSON, under the image's name."""
-    from mpvg.files import atomic_write, write_json
+    """Writes what was found in an image, drawn and as a file for programs, under the image's name."""
+    from mpvg.files import atomic_write
     from mpvg.tasks import Placed
 
     if not isinstance(found, Placed):
         raise ValueError(f"--out {folder}: this run says nothing about places in an image; leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    content = BytesIO()
+    content, name = BytesIO(), Path(path).name
     found.draw(picture).save(content, "PNG")
-    atomic_write(folder / f"{Path(path).name}.png", content.getvalue())
-    write_json(folder / f"{Path(path).name}.json", found.to_json(path))
+    ending, values = found.file(path)
+    atomic_write(folder / f"{name}.drawn.png", content.getvalue())
+    atomic_write(folder / f"{name}{ending}", values)
 
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:

@@ -95,7 +95,7 @@ def replay(arguments: list[str]) -> int:
         + (f", {row.seconds:.0f} s then" if row.seconds else "")
     )
     with tempfile.TemporaryDirectory() as folder:
-        found = replay(row, others, Path(given.out or f"{folder}/run"))
+        found = replay(row, others, Path(given.out or f"{folder}/run"), Path(given.ledger).parent)
     say(*found.lines)
     return 0 if found.agrees else 1
 

@@ -19,11 +19,12 @@ import torch
 import yaml
 
 from mpvg.config import RunConfig
+from mpvg.data import DataInfo
 from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
-from mpvg.models import create_model
 from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
 from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
+from mpvg.tasks import create_task
 from mpvg.validation import check, parse_yaml
 
 STUDY = "study.yaml"
@@ -55,6 +56,8 @@ class StudyFolder:
             try:
                 with torch.device("meta"):
                     _build(cell.config)
+                    if cell.pretrain is not None:
+                        _build(cell.pretrain)
             except ValueError as error:
                 found[cell.setting, cell.arm] = str(error)
         return found
@@ -114,8 +117,10 @@ class StudyFolder:
 
 
 def _build(config: RunConfig) -> None:
-    network = config.network
-    create_model(config.model, config.method, num_classes=10, pos_std=network.pos_std)
+    plain: dict[str, Any] = {"in_chans": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, "train_size": 1, "val_size": 1}
+    size = config.network.img_size or 224  # a multiple of every patch and window
+    names = tuple(map(str, range(10)))
+    create_task(config, DataInfo(name=config.data, class_names=names, img_size=size, **plain)).build_model(init=False)
 
 
 def make_folder(

@@ -5,7 +5,7 @@ of config fields, so that an arm, a data set or a network is added by adding dat
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -53,6 +53,9 @@ class Setting:
     """Dotted config field -> value, for every arm; `epochs` also scales the schedule."""
     seeds: int
     """Repetitions of each arm."""
+    pretrain: dict[str, Any] | None = None
+    """A recipe, and changes of its fields under `set`: each run starts from the best weights of such a run with the
+    same seed, which gets the arm's fields too; None: runs start anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,8 @@ class Cell:
     setting: str
     arm: str
     config: RunConfig
+    pretrain: RunConfig | None = None
+    """The run that comes first; `config.network.init` is its folder, below the study's."""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -233,10 +238,16 @@ def _check(study: Study) -> None:
         check(f"arms.{arm.name}.first_seed", arm.first_seed, 0 <= arm.first_seed < 2**30, "a whole number in [0, 2^30)")
     for scale, settings in study.scales.items():
         for setting in settings:
-            name = f"scales.{scale}.{setting.name}"
-            check(f"{name}.seeds", setting.seeds, 1 <= setting.seeds <= 10_000, "a whole number in [1, 10000]")
-            for arm in study.arms:
-                make_config(setting, arm)
+            _check_setting(setting, study.arms, f"scales.{scale}.{setting.name}")
+
+
+def _check_setting(setting: Setting, arms: Sequence[Arm], name: str) -> None:
+    check(f"{name}.seeds", setting.seeds, 1 <= setting.seeds <= 10_000, "a whole number in [1, 10000]")
+    before = _pretraining(setting)
+    for arm in arms:
+        make_config(setting, arm)
+        if before is not None:
+            make_config(before, arm)
 
 
 def make_config(setting: Setting, arm: Arm, *, data: str | None = None) -> RunConfig:
@@ -287,10 +298,28 @@ def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None,
     place: dict[str, Any] = {} if scale == "paper" else {"threads": 1, "device": "cpu"}
     cells = []
     for setting in study.settings(scale):
+        before = _pretraining(setting)
         configs = [(arm, replace(make_config(setting, arm, data=data), **place)) for arm in study.arms]
         for number in range(seeds or setting.seeds):
             for arm, config in configs:
                 seed = arm.first_seed + number
                 cell = Cell(setting.name, arm.name, replace(config, seed=seed))
-                cells.append(replace(cell, config=replace(cell.config, out=str(out / cell.folder))))
+                config = replace(cell.config, out=str(out / cell.folder))
+                if before is not None:
+                    start = f"pretrained/{setting.name}/{arm.name}/seed{seed}"
+                    first = replace(make_config(before, arm), **place, seed=seed, out=str(out / start))
+                    config = replace(config, network=replace(config.network, init=start))
+                    cell = replace(cell, pretrain=first)
+                cells.append(replace(cell, config=config))
     return cells
+
+
+def _pretraining(setting: Setting) -> Setting | None:
+    """The setting of the runs that come before."""
+    if setting.pretrain is None:
+        return None
+    given = {"name": f"{setting.name}.pretrain", "seeds": setting.seeds, **setting.pretrain}
+    for name in setting.pretrain:
+        if name not in ("recipe", "set"):
+            raise ValueError(unknown_name(f"key of scales.{setting.name}.pretrain", name, ("recipe", "set"), near=1))
+    return build(Setting, given, f"scales.{setting.name}.pretrain.")

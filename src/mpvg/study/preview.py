@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpvg.study.contrasts import decidable, pooled_sd
 from mpvg.study.folder import StudyFolder
+from mpvg.study.plan import Cell
 from mpvg.study.results import collect
 from mpvg.training.planning import measure_hours
 
@@ -28,7 +29,7 @@ def preview(folder: StudyFolder) -> list[str]:
         arms = Counter(cell.arm for cell in own)
         if own:
             with tempfile.TemporaryDirectory() as out:
-                each = measure_hours(replace(own[0].config, out=str(Path(out) / "run")))
+                each = _hours(own[0], Path(out))
             epochs = own[0].config.epochs
             hours += each * sum(cell.config.epochs for cell in own) / epochs
             lines.append(
@@ -37,6 +38,13 @@ def preview(folder: StudyFolder) -> list[str]:
             )
     lines.append(f"about {hours:.2g} hours of one worker, {hours / cores:.2g} with {cores} at a time")
     return lines + describe_spread(folder)
+
+
+def _hours(cell: Cell, out: Path) -> float:
+    """The hours of a run, with the one that comes first."""
+    first = 0.0 if cell.pretrain is None else measure_hours(replace(cell.pretrain, out=str(out / "first")))
+    network = replace(cell.config.network, init=None if cell.pretrain else cell.config.network.init)
+    return first + measure_hours(replace(cell.config, network=network, out=str(out / "run")))
 
 
 def describe_spread(folder: StudyFolder) -> list[str]:

@@ -41,13 +41,22 @@ def choose_row(ledger: Path, number: int) -> tuple[Row, list[Row]]:
     return row, others
 
 
-def replay(row: Row, others: list[Row], out: Path) -> Replay:
+def replay(row: Row, others: list[Row], out: Path, study: Path) -> Replay:
     """Trains a row's run anew into a folder and compares.
+
+    Args:
+        row: what is run again.
+        others: the other rows of its arm.
+        out: the new run folder.
+        study: the ledger's folder, where the pre-trained runs are that its runs started from.
 
     Raises:
         ValueError: the row's digest is not that of its config, or the data are others.
     """
     config = replace(row.run_config(), out=str(out), threads=row.threads)
+    start = config.network.init
+    if start is not None and (study / start).is_dir():  # the run that came first, which the row names below the study
+        config = replace(config, network=replace(config.network, init=str(study / start)))
     try:
         summary = training.train(config, quiet=True)
     except training.NonFiniteLoss as error:

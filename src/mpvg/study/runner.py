@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from multiprocessing.process import BaseProcess
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mpvg import runs, training
+from mpvg.config import RunConfig
 from mpvg.files import read_regular
 from mpvg.runs.checkpoints import CHECKSUMS, MAX_JSON_BYTES, checkpoint_folder
 from mpvg.runs.environment import commit, hardware
@@ -30,6 +32,7 @@ from mpvg.study.folder import StudyFolder, open_folder
 from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
 from mpvg.study.plan import Cell
 from mpvg.tasks import task_class
+from mpvg.training.starting import with_init_file
 from mpvg.validation import parse_json, printable
 
 POLL_SECONDS = 0.5
@@ -59,19 +62,17 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
     config, out = cell.config, Path(cell.config.out)
     values: dict[str, Any] = {"status": "done"}
     try:
-        if (out / "config.yaml").is_file():
-            if not runs.load(out).is_of(config.digest()):
-                raise ValueError(
-                    f"{out} holds a run with another config than this plan's; remove it, or give another --out"
-                )
-            summary = training.resume(out, quiet=True)
-        else:
-            summary = training.train(config, quiet=True)
+        started = config
+        if cell.pretrain is not None:
+            _train_or_resume(cell.pretrain)
+            # The row names the folder below the study's, so that a copy of the study has the same digests.
+            started = replace(config, network=replace(config.network, init=cell.pretrain.out))
+        summary = _train_or_resume(with_init_file(started))
         values |= _of_summary(summary, config.task)
         values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
-    info = runs.load(out).info
+    info = runs.load(out if (out / "config.yaml").is_file() else Path((cell.pretrain or config).out)).info
     return Row(
         study=folder.study.name,
         scale=folder.scale,
@@ -92,6 +93,16 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         config=config_differences(config),
         **values,
     )
+
+
+def _train_or_resume(config: RunConfig) -> dict[str, Any]:
+    """Trains a run, or what is missing of it, and returns its summary."""
+    out = Path(config.out)
+    if not (out / "config.yaml").is_file():
+        return training.train(config, quiet=True)
+    if not runs.load(out).is_of(config.digest()):
+        raise ValueError(f"{out} holds a run with another config than this plan's; remove it, or give another --out")
+    return training.resume(out, quiet=True)
 
 
 def weights_hash(run: Path) -> str:

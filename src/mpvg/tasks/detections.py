@@ -1,5 +1,6 @@
 """What a detector finds in an image: as text, as COCO's results, and drawn."""
 
+import json
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,9 +68,9 @@ class Detections:
             )
         return results
 
-    def to_json(self, image: str) -> list[dict[str, Any]]:
-        """COCO's results, in which the image is named."""
-        return self.to_coco(image)
+    def file(self, image: str) -> tuple[str, bytes]:
+        """COCO's results as JSON, in which the image is named."""
+        return ".json", json.dumps(self.to_coco(image)).encode()
 
     def lines(self) -> list[str]:
         """One line for each object that is certain enough, and how many others there are."""

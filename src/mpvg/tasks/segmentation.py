@@ -3,14 +3,15 @@
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from mpvg.config import RunConfig
@@ -21,7 +22,7 @@ from mpvg.data.scenes import DIVISOR
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.upernet import UperNet, resized
-from mpvg.overlays import colored_png
+from mpvg.overlays import colored_png, draw_labels
 from mpvg.tasks.task import Evaluation, Metric, Prediction
 from mpvg.validation import build, check
 
@@ -74,11 +75,20 @@ class SegmentationOptions(SegmentationSizes):
 
 @dataclass(frozen=True, eq=False)
 class PredictedLabels:
-    """The class of each pixel of a preprocessed image."""
+    """The class of each pixel of an image."""
 
-    labels: "np.ndarray[Any, np.dtype[np.uint8]]"
-    """`(H, W)`"""
+    probabilities: Tensor
+    """Of the classes, `(classes, H, W)`."""
     class_names: tuple[str, ...]
+
+    @cached_property
+    def labels(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """The most probable class of each pixel, `(H, W)`."""
+        return self.probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+    def resized(self, height: int, width: int) -> "PredictedLabels":
+        """The same for the image at another size, with probabilities interpolated."""
+        return replace(self, probabilities=resized(self.probabilities[None], (height, width))[0])
 
     def lines(self) -> list[str]:
         """One line per class that occurs: its share of the pixels, largest first."""
@@ -86,11 +96,15 @@ class PredictedLabels:
         order = np.argsort(-counts, kind="stable")
         return [f"{100 * counts[i] / self.labels.size:6.2f} %  {self.class_names[classes[i]]}" for i in order]
 
-    def png(self) -> bytes:
-        """As a PNG file with a palette, whose numbers are the classes."""
+    def file(self, image: str) -> tuple[str, bytes]:
+        """A PNG file with a palette, whose numbers are the classes."""
         content = io.BytesIO()
         colored_png(self.labels).save(content, "PNG")
-        return content.getvalue()
+        return ".labels.png", content.getvalue()
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """The image with the classes in colors, and their names below it."""
+        return draw_labels(image, self.labels, self.class_names)
 
 
 class SegmentationTask:
@@ -207,8 +221,8 @@ class SegmentationTask:
         """The class of each pixel of preprocessed images, at their size."""
         model.eval()
         size = (images.shape[-2], images.shape[-1])
-        found = [probabilities(model, image[None], size, self._options).argmax(dim=1)[0] for image in images]
-        return [PredictedLabels(one.to(torch.uint8).cpu().numpy(), self._info.class_names) for one in found]
+        found = [probabilities(model, image[None], size, self._options)[0] for image in images]
+        return [PredictedLabels(one, self._info.class_names) for one in found]
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class Placed(Prediction, Protocol):
     def resized(self, height: int, width: int) -> "Placed":
         """The same in pixels of the image at another size, such as its own."""
 
-    def to_json(self, image: str) -> Any:
-        """As JSON-safe values, with the name of the image."""
+    def file(self, image: str) -> tuple[str, bytes]:
+        """What programs read: the ending of a file and its content, in which the image may be named."""
 
     def draw(self, image: Image.Image) -> Image.Image:
         """The image, of the prediction's size, with what was found in it."""
