@@ -366,6 +366,18 @@ def test_memory_that_runs_out_is_one_line(
     assert {"evaluate": "a smaller --batch_size than 256", "analyze": "fewer --images"}.get(verb, "") in said
 
 
+def test_a_file_of_weights_is_scored_without_a_run_folder(
+    two_epochs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refused
+) -> None:
+    file = runs.load(two_epochs).weights_file("last")
+    assert main(["evaluate", str(file), "--recipe", "digits", "--method", "mpvg"]) == 0
+    accuracy = runs.load(two_epochs).metrics()[-1]["accuracy"]
+    assert f"{file}: accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
+    assert "no checkpoint at" in refused("evaluate", tmp_path / "none.pth", "--recipe", "digits")
+    assert "not divisible" in refused("evaluate", file, "--recipe", "folder", "--data", "digits", "--method", "mpvg")
+    assert "digitz" in refused("evaluate", file, "--recipe", "digitz")
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "1.5", "x", "99999999999", "\u0661"])
 def test_a_batch_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

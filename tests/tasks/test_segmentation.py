@@ -28,6 +28,7 @@ from mpvg.data.label_maps import LabelBatch
 from mpvg.models.dense.upernet import PixelLogits
 from mpvg.recipes import recipe
 from mpvg.runs import load
+from mpvg.runs.weights import weights_run
 from mpvg.tasks import create_task
 from mpvg.tasks.segmentation import SegmentationOptions, confusion, pixel_loss, probabilities, scores
 from mpvg.training import train
@@ -380,6 +381,9 @@ def test_a_run_on_a_canvas_is_killed_and_resumed_to_the_same_bits(
         assert expected in capsys.readouterr().out
     assert main(["plot", str(whole), "--out", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 1000
+    run, model, _ = weights_run(whole / "checkpoints/last/model.safetensors", load(whole).config)
+    found = run.task().evaluate(model, run.validation(torch.device("cpu")))
+    assert found.metrics["miou"] == pytest.approx(load(whole).metrics()[-1]["miou"], abs=1e-6)
     with Image.open(scene) as given, Image.open(tmp_path / "found" / f"{scene.name}.labels.png") as labels:
         assert labels.size == given.size
     assert (tmp_path / "found" / f"{scene.name}.drawn.png").is_file()

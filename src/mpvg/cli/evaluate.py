@@ -1,5 +1,6 @@
 """`mpvg evaluate` and `mpvg predict`: a run's weights on a validation set, and on images."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,11 @@ def evaluate(arguments: list[str]) -> int:
     parser = run_parser("evaluate", "Scores a run's checkpoint on every validation image once.", "last")
     parser.add_argument("--data", help="another folder or data set with the same classes")
     parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
+    parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
+    parser.add_argument("--method", default="default", help="with --recipe: the method of the file (default: default)")
     given = parser.parse_args(arguments)
+    if given.recipe is not None:
+        return _evaluate_file(given.run, given.recipe, given.data, given.method, given.batch_size)
     import torch
 
     from mpvg import runs
@@ -37,6 +42,30 @@ def evaluate(arguments: list[str]) -> int:
     say(f"{given.run}: {scores} on {found.images} images{skipped}", weights_text(run, given.checkpoint, ema=given.ema))
     if given.checkpoint == "last" and given.data is None and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")
+    return 0
+
+
+def _evaluate_file(file: str, recipe: str, data: str | None, method: str, batch_size: int | None) -> int:
+    """Prints the metrics of a file of weights, which is in no run folder."""
+    import torch
+
+    from mpvg.cli.arguments import parse_method
+    from mpvg.recipes import recipe as find
+    from mpvg.runs.memory import evaluation_cure, memory_errors
+    from mpvg.runs.weights import weights_run
+    from mpvg.tasks import describe_metrics
+
+    config = replace(find(recipe, data), method=parse_method(method))
+    device, batch = torch.device("cuda" if torch.cuda.is_available() else "cpu"), batch_size or config.batch_size
+    with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
+        run, model, report = weights_run(Path(file), config)
+        validation, task = run.validation(device, batch_size=batch), run.task()
+        found = task.evaluate(model.to(device), validation)
+    skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
+    say(
+        f"{file}: {', '.join(describe_metrics(task, found.metrics))} on {found.images} images{skipped}",
+        *str(report).splitlines(),
+    )
     return 0
 
 

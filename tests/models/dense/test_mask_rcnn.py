@@ -1,16 +1,20 @@
 """Mask R-CNN: each place where it differs from torchvision, against a plain writing of what MMDetection does."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from mpvg.models.dense import create_adapter
-from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
+from mpvg.models.dense.mask_rcnn import OFFICIAL, PAPER_ANCHORS, MaskRCNN
+from mpvg.models.dense.official import load_complete, load_official
 from mpvg.models.dense.proposals import ANCHOR_STRIDES, ExactAnchors, FloatHead, FlooredMatcher, ProposalNetwork, within
 from mpvg.models.dense.regions import AlignedPool, RegionHeads, mask_targets, paste_mask
 
@@ -252,3 +256,75 @@ def test_a_wrong_number_of_anchor_sizes_is_refused() -> None:
     body = create_adapter("vit_pyramid_canvas", "gap", forward="detection")
     with pytest.raises(ValueError, match=r"anchor_sizes are \(8, 16\); allowed: one for each of the strides 4, 8, 16"):
         MaskRCNN(body, 3, anchor_sizes=(8, 16))
+
+
+def official_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As MMDetection would have written it: other names, the background last, and none where it is not predicted."""
+    places = (
+        (r"^backbone\.body\.vit\.(.*)\.ls([12])\.gamma$", r"backbone.\1.gamma\2"),
+        (r"^backbone\.body\.(vit\.)?", "backbone."),
+        (r"\.ffn\.dwconv\.", ".ffn.dwconv.dwconv."),
+        (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+        (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+        (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
+        (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
+        (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
+        (r"^roi_heads\.box_head\.fc([67])\.", lambda m: f"roi_head.bbox_head.shared_fcs.{int(m[1]) - 6}."),
+        (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
+        (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
+        (r"^roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
+        (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
+        (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
+    )
+    found = {}
+    for name, value in state.items():
+        if "cls_score" in name:
+            value = torch.cat([value[1:], value[:1]])
+        elif "box_predictor.bbox_pred" in name:
+            value = value[4:]
+        elif "mask_fcn_logits" in name:
+            value = value[1:]
+        elif name.endswith("vit.pos_embed"):
+            value = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)
+        for pattern, replacement in places:
+            name = re.sub(pattern, replacement, name)
+        found[name] = value.contiguous()
+    return found
+
+
+def test_a_detector_of_the_original_repository_is_loaded_whole(tmp_path: Path) -> None:
+    """It finds the same: nothing reads the rows of the background that the file does not have."""
+    models = []
+    for method in ("default", "mpvg"):
+        torch.manual_seed(1)
+        body = create_adapter("vit_adapter_canvas", method, forward="detection")
+        models.append(MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50))
+    theirs, ours = models[0].eval(), models[1].eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    file = tmp_path / "detector.safetensors"
+    written = official_names(theirs.state_dict())
+    known = {"roi_head.bbox_head.fc_cls.weight", "neck.fpn_convs.3.conv.bias", "backbone.blocks.0.norm1.weight"}
+    assert known <= written.keys()
+    save_file(written, file)
+    report = load_official(ours, file, OFFICIAL)
+    assert not report.dropped
+    assert set(report.new.values()) == {"LN' at 1 and 0"}
+    body = create_adapter("vit_adapter_canvas", "default", forward="detection")
+    same = MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50).eval()
+    load_complete(same, file)
+    images = torch.randn(1, 3, SIDE, SIDE)
+    with torch.no_grad():
+        (one,), (other,) = theirs(images, [(SIDE, SIDE)]), same(images, [(SIDE, SIDE)])
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_file_of_other_classes_is_refused(detector: MaskRCNN, tmp_path: Path) -> None:
+    body = create_adapter("vit_adapter_canvas", "default", forward="detection")
+    larger = MaskRCNN(body, 4, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50)
+    file = tmp_path / "detector.safetensors"
+    save_file(official_names(larger.state_dict()), file)
+    with pytest.raises(ValueError, match=r"does not fit: roi_head\.bbox_head\.fc_cls\.bias is \(5,\)"):
+        load_official(detector, file, OFFICIAL)

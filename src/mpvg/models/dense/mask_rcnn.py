@@ -6,8 +6,10 @@ made, `proposals` and `regions` have subclasses of them; nothing resizes or norm
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
@@ -15,10 +17,60 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from mpvg.delivery import DeliverySpec
 from mpvg.models.adapting import LoadReport
+from mpvg.models.dense.official import BACKBONE, Change, Part
 from mpvg.models.dense.proposals import ANCHOR_STRIDES, ProposalNetwork
 from mpvg.models.dense.regions import RegionHeads
 from mpvg.models.dense.trunk import STRIDES, DenseBackbone
 
+
+def _background_first(given: Tensor, own: Tensor) -> Tensor:
+    """MMDetection's class scores, in which the background comes last, in torchvision's order."""
+    return given.roll(1, dims=0)
+
+
+def _with_background(given: Tensor, own: Tensor) -> Tensor:
+    """Rows of the classes, with rows of 0 for a background before them, which nothing reads."""
+    return torch.cat([given.new_zeros((len(own) - len(given), *given.shape[1:])), given])
+
+
+OFFICIAL: tuple[Part, ...] = (
+    replace(BACKBONE, place="backbone.body."),
+    Part(
+        prefix="neck.",
+        place="backbone.fpn.",
+        names=(
+            (r"^lateral_convs\.(\d+)\.conv\.", r"inner_blocks.\1.0."),
+            (r"^fpn_convs\.(\d+)\.conv\.", r"layer_blocks.\1.0."),
+        ),
+    ),
+    Part(
+        prefix="rpn_head.",
+        place="rpn.head.",
+        names=((r"^rpn_conv\.", "conv.0.0."), (r"^rpn_cls\.", "cls_logits."), (r"^rpn_reg\.", "bbox_pred.")),
+    ),
+    Part(
+        prefix="roi_head.",
+        place="roi_heads.",
+        names=(
+            (r"^bbox_head\.shared_fcs\.0\.", "box_head.fc6."),
+            (r"^bbox_head\.shared_fcs\.1\.", "box_head.fc7."),
+            (r"^bbox_head\.fc_cls\.", "box_predictor.cls_score."),
+            (r"^bbox_head\.fc_reg\.", "box_predictor.bbox_pred."),
+            (r"^mask_head\.convs\.(\d+)\.conv\.", r"mask_head.\1.0."),
+            (r"^mask_head\.upsample\.", "mask_predictor.conv5_mask."),
+            (r"^mask_head\.conv_logits\.", "mask_predictor.mask_fcn_logits."),
+        ),
+        changes=(
+            Change(name=r"^box_predictor\.cls_score\.", apply=_background_first, reason="background first"),
+            Change(
+                name=r"^(box_predictor\.bbox_pred|mask_predictor\.mask_fcn_logits)\.",
+                apply=_with_background,
+                reason="rows of 0 for the background, which has none in the file and is not read",
+            ),
+        ),
+    ),
+)
+"""Where the tensors of a checkpoint of czczup/ViT-Adapter's detection are, for `official.load_official`."""
 PAPER_ANCHORS = (32.0, 64.0, 128.0, 256.0, 512.0)
 """Eight times the stride of each map."""
 
@@ -56,6 +108,9 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision has no typ
     Source:
         He et al., ICCV 2017; MMDetection, `mask_rcnn_r50_fpn.py`, as czczup/ViT-Adapter uses it.
     """
+
+    official = OFFICIAL
+    """How complete checkpoints of the original repository name their tensors."""
 
     def __init__(
         self,

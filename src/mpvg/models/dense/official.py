@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mpvg.models.adapting import LoadReport
-from mpvg.models.checkpoints import read_tensors
+from mpvg.models.checkpoints import load_checkpoint, read_tensors
 from mpvg.models.entries import shown
 
 _log = logging.getLogger(__name__)
@@ -118,6 +118,25 @@ def load_official(network: nn.Module, path: str | Path, parts: Sequence[Part] = 
         )
     network.load_state_dict(state)
     _log.log(logging.WARNING if report.changed else logging.INFO, "%s", report)
+    return report
+
+
+def load_complete(network: nn.Module, path: str | Path) -> LoadReport:
+    """Loads all weights of a trained network from a file: of the original repositories, of timm, or of this package.
+
+    Raises:
+        As `load_official` and `mpvg.models.load_checkpoint`; ValueError also where the file has no head that fits.
+    """
+    parts: Sequence[Part] = getattr(network, "official", ())
+    names = read_tensors(path).keys()
+    if parts and not names <= network.state_dict().keys():
+        return load_official(network, path, parts)
+    if parts:  # a dense network of this package
+        network.load_state_dict(read_tensors(path))
+        return LoadReport(path=Path(path), source="mpvg", taken=list(names))
+    report = load_checkpoint(network, path)
+    if new := [name for name in report.new if not re.search(r"(^|\.)delivery\.", name)]:
+        raise ValueError(f"{path} has no {shown(sorted(new))}: it is no complete classifier of this data; train one")
     return report
 
 

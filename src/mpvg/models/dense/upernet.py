@@ -56,6 +56,9 @@ class UperNet(nn.Module):
         mmsegmentation 0.20.2's UPerHead and FCNHead: dropout and initial values are theirs.
     """
 
+    official = OFFICIAL
+    """How complete checkpoints of the original repository name their tensors."""
+
     def __init__(
         self,
         backbone: DenseBackbone,
