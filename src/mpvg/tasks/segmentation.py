@@ -43,6 +43,8 @@ class SegmentationOptions(SegmentationSizes):
     """Of the maps of the decode head."""
     auxiliary_channels: int = 256
     """Of the auxiliary head's."""
+    classifier_std: float = 0.01
+    """Standard deviation of the classifiers' first weights; from scratch, a small network learns sooner with more."""
     freeze_backbone: bool = False
     """Whether the heads alone are trained; the running statistics of the backbone's BatchNorm then stay, too."""
     sliding: bool = True
@@ -69,6 +71,7 @@ class SegmentationOptions(SegmentationSizes):
         low, high = self.ratio
         check("task_options.ratio", self.ratio, 0 < low <= high <= 8, "two numbers with 0 < low <= high <= 8")
         check("task_options.max_share", self.max_share, 0 < self.max_share <= 1, "a number in (0, 1]")
+        check("task_options.classifier_std", self.classifier_std, 0 < self.classifier_std <= 1, "a number in (0, 1]")
         good = bool(self.scales) and all(0.1 <= scale <= 8 for scale in self.scales)
         check("task_options.scales", self.scales, good, "one or more numbers in [0.1, 8]")
 
@@ -162,6 +165,7 @@ class SegmentationTask:
             self._info.num_classes,
             channels=options.channels,
             auxiliary_channels=options.auxiliary_channels,
+            classifier_std=options.classifier_std,
             frozen=options.freeze_backbone,
         )
 

@@ -45,6 +45,7 @@ class UperNet(nn.Module):
         num_classes: number of classes.
         channels: of the decode head's maps.
         auxiliary_channels: of the auxiliary head's.
+        classifier_std: standard deviation at which the weights of both classifiers start.
         frozen: whether the backbone is not trained: neither its parameters nor the running statistics of its BatchNorm,
             and it drops no path.
 
@@ -66,6 +67,7 @@ class UperNet(nn.Module):
         *,
         channels: int = 512,
         auxiliary_channels: int = 256,
+        classifier_std: float = 0.01,
         frozen: bool = False,
     ) -> None:
         super().__init__()
@@ -76,8 +78,9 @@ class UperNet(nn.Module):
         widths = [backbone.embed_dim] * len(STRIDES)
         self.frozen = frozen
         self.backbone = backbone.requires_grad_(not frozen)
-        self.decode_head = _with_mmseg_values(UperNetHead(settings, in_channels=widths))
-        self.auxiliary_head = _with_mmseg_values(UperNetFCNHead(settings, in_channels=widths, in_index=AUXILIARY_MAP))
+        self.decode_head = _with_mmseg_values(UperNetHead(settings, in_channels=widths), classifier_std)
+        auxiliary = UperNetFCNHead(settings, in_channels=widths, in_index=AUXILIARY_MAP)
+        self.auxiliary_head = _with_mmseg_values(auxiliary, classifier_std)
 
     @property
     def remark(self) -> str:
@@ -155,13 +158,13 @@ class _Classifier(nn.Conv2d):
         return super().forward(F.dropout2d(input, DROPOUT, self.training))
 
 
-def _with_mmseg_values(head: Any) -> Any:
-    """A head of transformers with the dropout and the initial values that mmsegmentation gives it."""
+def _with_mmseg_values(head: Any, classifier_std: float) -> Any:
+    """A head of transformers with the dropout and the initial values that mmsegmentation gives it, or another std."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):  # followed by BatchNorm, so without bias
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     plain = head.classifier
     head.classifier = _Classifier(plain.in_channels, plain.out_channels, kernel_size=1)
-    nn.init.normal_(head.classifier.weight, std=0.01)
+    nn.init.normal_(head.classifier.weight, std=classifier_std)
     nn.init.zeros_(head.classifier.bias)
     return head
