@@ -7,11 +7,11 @@ PYTEST_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint format mutants demo study results clean
+.PHONY: help setup test lint format mutants demo study dense-demo results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 
@@ -39,6 +39,15 @@ study: OUT ?= studies
 study: $(STAMP) ## Tables 1 and 6 on digits, 5 seeds each: OUT=studies
 	$(VENV)/bin/mpvg study table1 --scale tiny --seeds 5 --out $(OUT)/table1-tiny
 	$(VENV)/bin/mpvg study table6 --scale tiny --seeds 5 --out $(OUT)/table6-tiny
+
+dense-demo: OUT ?= dense-demo
+dense-demo: $(STAMP) ## pre-train a small classifier, train a segmenter and a detector from it, draw what they find: OUT=dense-demo
+	$(VENV)/bin/mpvg train --data canvas-tiles --method mpvg --epochs 5 --threads 1 --out $(OUT)/tiles
+	$(VENV)/bin/mpvg train --recipe canvas_segmentation --data canvas-easy --epochs 3 --threads 1 --network.init $(OUT)/tiles --out $(OUT)/segmenter
+	$(VENV)/bin/mpvg train --recipe canvas_detection --data canvas-easy --threads 1 --network.init $(OUT)/tiles --out $(OUT)/detector
+	for run in segmenter detector; do \
+	  $(VENV)/bin/mpvg predict $(OUT)/$$run $(foreach n,1 2 3 4,~/.cache/mpvg/canvas-easy/images/validation/00000$(n).png) --out $(OUT)/$$run-pictures || exit; \
+	done
 
 results: $(STAMP) ## rewrite what is generated from the ledgers in results/: tables, docs/claims.md, README
 	$(VENV)/bin/python -m mpvg.study.claims
