@@ -379,6 +379,9 @@ def test_objects_are_named_and_drawn(data: Data) -> None:
     assert drawn.shape == (truth.height, truth.width, 3)
     inside = found.masks()[0].numpy()
     assert (drawn[inside] > 0).any(axis=-1).mean() > 0.95
+    twice = replace(found, **{name: getattr(found, name)[[0, 0]] for name in ("boxes", "scores", "labels")})
+    twice = replace(twice, probabilities=found.probabilities[[0, 0]])
+    assert (np.asarray(twice.draw(black))[inside] > 0).any(axis=-1).mean() > 0.95
     uncertain = replace(found, scores=found.scores * 0)
     assert not np.asarray(uncertain.draw(black)).any()
     assert uncertain.lines() == [f"{len(truth.labels)} with a score below 30 %"]

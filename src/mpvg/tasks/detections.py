@@ -91,7 +91,10 @@ class Detections:
                 for score, label in zip(shown.scores, shown.labels, strict=True)
             ]
             colors = [_color(number) for number in range(len(names))]
-            pixels = draw_segmentation_masks(pixels, shown.masks().cpu(), alpha=0.5, colors=colors)
+            masks = shown.masks().cpu()
+            # Of the most certain object: torchvision leaves pixels of several objects dark.
+            masks &= masks.cumsum(dim=0) == 1
+            pixels = draw_segmentation_masks(pixels, masks, alpha=0.5, colors=colors)
             pixels = draw_bounding_boxes(pixels, shown.boxes.cpu(), names, colors)
         drawn: Image.Image = functional.to_pil_image(pixels)
         return drawn
