@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 
@@ -46,7 +46,7 @@ dense-demo: $(STAMP) ## pre-train a small classifier, train a segmenter and a de
 	$(VENV)/bin/mpvg train --recipe canvas_segmentation --data canvas-easy --epochs 3 --threads 1 --network.init $(OUT)/tiles --out $(OUT)/segmenter
 	$(VENV)/bin/mpvg train --recipe canvas_detection --data canvas-easy --threads 1 --network.init $(OUT)/tiles --out $(OUT)/detector
 	for run in segmenter detector; do \
-	  $(VENV)/bin/mpvg predict $(OUT)/$$run $(foreach n,1 2 3 4,~/.cache/mpvg/canvas-easy/images/validation/00000$(n).png) --out $(OUT)/$$run-pictures || exit; \
+	  $(VENV)/bin/mpvg predict $(OUT)/$$run $(foreach n,1 2 3 4,~/.cache/mpvg/canvas/canvas-easy-v1/images/validation/00000$(n).png) --out $(OUT)/$$run-pictures || exit; \
 	done
 
 results: $(STAMP) ## rewrite what is generated from the ledgers in results/: tables, docs/claims.md, README
