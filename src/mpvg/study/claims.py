@@ -161,7 +161,7 @@ def claims_page(studies: Sequence[StudyResults]) -> str:
         if not pairs:
             lines += ["**Evidence here.** Not tested by a study.", ""]
         else:
-            lines += ["**Evidence here.**", "", "| study | question | NLL, difference (95 %) | seeds | verdict |"]
+            lines += ["**Evidence here.**", "", "| study | question | difference (95 %) | seeds | verdict |"]
             lines += ["|---|---|---|---:|---|", *(row for pair in pairs for row in _rows(*pair)), ""]
         lines += [f"**To decide it on the real data.** {claim.cost or claim.decide}", ""]
     return "\n".join([*lines, *paper_as_data()]).rstrip() + "\n"
@@ -175,20 +175,22 @@ def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
         study = found.results.study.name
         place = f"[{study}](../results/{study}-{found.results.scale}/table.md), {found.setting.label}"
         formula, difference = describe_result(found.results, found.result)
-        rows.append(f"| {place} | {formula} | {difference} | {found.result.seeds} | {found.verdict} |")
+        title = found.results.metrics[found.result.metric].title
+        rows.append(f"| {place} | {formula} | {title} {difference} | {found.result.seeds} | {found.verdict} |")
     return rows
 
 
 def results_section(studies: Sequence[StudyResults]) -> str:
     """The README's table of verdicts."""
-    lines = ["| claim | scale | verdict | NLL, difference (95 %) |", "|---|---|---|---|"]
+    lines = ["| claim | scale | verdict | difference (95 %) |", "|---|---|---|---|"]
     untested = []
     for claim in read_claims():
         findings = [found for _, several in find(claim, studies) for found in several]
         for found in findings:
             formula, difference = describe_result(found.results, found.result)
             scale = f"{found.results.scale}, {found.setting.label}, {found.result.seeds} seeds"
-            lines.append(f"| {claim.claim} | {scale} | {found.verdict} | {formula}: {difference} |")
+            title = found.results.metrics[found.result.metric].title
+            lines.append(f"| {claim.claim} | {scale} | {found.verdict} | {formula}: {title} {difference} |")
         if not findings:
             untested.append(claim.claim)
     if untested:
