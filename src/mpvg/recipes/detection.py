@@ -54,6 +54,9 @@ def coco_mask_rcnn_vit_adapter_tiny() -> RunConfig:
 def canvas_detection() -> RunConfig:
     """Digits in scenes of 128x128 with a small ViT-Adapter and Mask R-CNN; ten minutes on one core.
 
+    With `--data coco/canvas-easy` and MPVG, one seed: box AP .454 and mask AP .385 after 500 steps, .606 and .503 after
+    1,000. A step took 0.36 to 0.52 s of one thread of a shared machine, so the time is calculated, not measured.
+
     mpvg train --recipe canvas_detection --method mpvg --out RUN
     """
     return RunConfig(
