@@ -3,19 +3,16 @@
 import contextlib
 import io
 import json
-import multiprocessing
-import os
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -234,55 +231,34 @@ def test_results_do_not_depend_on_batch_mates(
     assert len(seen[0][1]) > 10
 
 
-def run_ranks(rank: int, port: int, config: RunConfig, results: Any) -> None:
-    """One of two processes that evaluate the same network, whose statistics differ before."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
-    accelerator = Accelerator(cpu=True)
-    torch.manual_seed(0)
-    data = open_data(config, Shard(CPU, rank, 2), DetectionTask.make_pipeline)
+def test_processes_count_each_image_once_with_the_same_statistics(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, one after the other; four images, of which each reads two."""
+    data = open_data(config, Shard(CPU), DetectionTask.make_pipeline)
     task = DetectionTask(config, data.info, DetectionOptions(**SMALL))
     model = task.build_model(init=True)
-    for buffer in model.buffers():
-        if rank and buffer.is_floating_point():
-            buffer += 1
-    found = task.evaluate(accelerator.prepare(model), data.val, accelerator)
-    results.put((rank, found.metrics, found.images))
-    results.close()
-    results.join_thread()
-    torch.distributed.destroy_process_group()
-    os._exit(0)
+    alone = task.evaluate(model, data.val)
+    first = [buffer.clone() for buffer in model.buffers()]
+    gathered: dict[int, list[Any]] = {0: [], 1: []}
+    for rank in (1, 0):
+        own = open_data(config, Shard(CPU, rank, 2), DetectionTask.make_pipeline).val
+        calls, statistics = iter(range(2)), iter(first)
 
+        def gather(mine: list[Any], rank: int = rank, calls: Iterator[int] = calls) -> list[Any]:
+            gathered[rank].append(mine)
+            number = next(calls)
+            return mine + (gathered[1][number] if rank == 0 else [])
 
-def test_two_processes_count_each_image_once(config: RunConfig, scenes: Path) -> None:
-    """With five images, of which one process has three."""
-    path = scenes / "annotations/instances_validation.json"
-    whole = path.read_text()
-    values = json.loads(whole)
-    values["images"] = values["images"][:3]
-    kept = {image["id"] for image in values["images"]}
-    values["annotations"] = [one for one in values["annotations"] if one["image_id"] in kept]
-    try:
-        path.write_text(json.dumps(values))
-        config = replace(config, batch_size=2)
-        torch.manual_seed(0)
-        data = open_data(config, Shard(CPU), DetectionTask.make_pipeline)
-        task = DetectionTask(config, data.info, DetectionOptions(**SMALL))
-        alone = task.evaluate(task.build_model(init=True), data.val)
-        context = multiprocessing.get_context("fork")
-        results: Any = context.Queue()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = [context.Process(target=run_ranks, args=(rank, port, config, results)) for rank in (0, 1)]
-        for process in processes:
-            process.start()
-        found = sorted(results.get(timeout=60) for _ in processes)
-        for process in processes:
-            process.join()
-    finally:
-        path.write_text(whole)
-    assert found == [(rank, alone.metrics, 3) for rank in (0, 1)]
+        monkeypatch.setattr("mpvg.tasks.detection.gather_object", gather)
+        monkeypatch.setattr("mpvg.tasks.detection.broadcast", lambda _, statistics=statistics: next(statistics))
+        monkeypatch.setattr("mpvg.tasks.detection.broadcast_object_list", lambda metrics: metrics)
+        accelerator: Any = SimpleNamespace(num_processes=2, is_main_process=rank == 0, unwrap_model=lambda model: model)
+        for buffer in model.buffers():
+            buffer += rank  # statistics of the processes differ before
+        found = task.evaluate(model, own, accelerator)
+    assert [len(gathered[rank][0]) for rank in (0, 1)] == [2, 2]
+    assert found == alone
 
 
 def weights(run: Path) -> dict[str, bytes]:
