@@ -267,6 +267,7 @@ def test_a_batch_without_a_labelled_pixel_has_a_finite_loss() -> None:
         ({"task_options": {"ratio": [2.0, 1.0]}}, "task_options.ratio is (2.0, 1.0); allowed: two numbers"),
         ({"task_options": {"max_share": 0.0}}, "task_options.max_share is 0.0; allowed: a number in (0, 1]"),
         ({"task_options": {"channels": 0}}, "task_options.channels is 0; allowed: a whole number >= 1"),
+        ({"task_options": {"classifier_std": 0.0}}, "task_options.classifier_std is 0.0; allowed: a number in (0, 1]"),
         ({"task_options": {"width": 1}}, "unknown config key 'task_options.width'"),
     ],
 )

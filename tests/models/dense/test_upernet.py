@@ -65,6 +65,13 @@ def test_initial_values_are_those_of_mmsegmentation() -> None:
     assert {"decode_head.classifier.weight", "auxiliary_head.classifier.weight"} <= names.keys()
 
 
+def test_the_classifiers_std_can_be_set() -> None:
+    backbone = create_adapter("vit_adapter_canvas", "default", forward="segmentation", **NARROW)
+    model = UperNet(backbone, 150, channels=64, classifier_std=0.07)
+    for head in (model.decode_head, model.auxiliary_head):
+        assert float(head.classifier.weight.detach().std()) == pytest.approx(0.07, rel=0.05)
+
+
 def test_dropout_takes_whole_channels_before_the_classifier_in_training_only() -> None:
     classifier: Any = UperNet(create_adapter("vit_adapter_canvas", forward="segmentation", **NARROW), 64, channels=64)
     classifier = classifier.decode_head.classifier
