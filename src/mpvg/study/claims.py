@@ -181,17 +181,27 @@ def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
 
 
 def results_section(studies: Sequence[StudyResults]) -> str:
-    """The README's table of verdicts."""
-    lines = ["| claim | scale | verdict | difference (95 %) |", "|---|---|---|---|"]
+    """The README's table of verdicts: a row for each claim and setting, with its first contrast."""
+    lines = ["| claim | scale | verdicts | first contrast, difference (95 %) |", "|---|---|---|---|"]
     untested = []
     for claim in read_claims():
-        findings = [found for _, several in find(claim, studies) for found in several]
-        for found in findings:
-            formula, difference = describe_result(found.results, found.result)
-            scale = f"{found.results.scale}, {found.setting.label}, {found.result.seeds} seeds"
-            title = found.results.metrics[found.result.metric].title
-            lines.append(f"| {claim.claim} | {scale} | {found.verdict} | {formula}: {title} {difference} |")
-        if not findings:
+        settings: dict[tuple[str, str], list[Finding]] = {}
+        for _, several in find(claim, studies):
+            for found in several:
+                settings.setdefault((found.results.study.name, found.setting.name), []).append(found)
+        for several in settings.values():
+            first = several[0]
+            formula, difference = describe_result(first.results, first.result)
+            title = first.results.metrics[first.result.metric].title
+            scale = f"{first.results.scale}, {first.setting.label}, {first.result.seeds} seeds"
+            words: dict[str, list[str]] = {}
+            for found in several:
+                words.setdefault(found.verdict.partition(":")[0], []).append(found.verdict)
+            verdicts = "; ".join(
+                all[0] if len(all) == 1 else f"{word} ({len(all)} contrasts)" for word, all in words.items()
+            )
+            lines.append(f"| {claim.claim} | {scale} | {verdicts} | {formula}: {title} {difference} |")
+        if not settings:
             untested.append(claim.claim)
     if untested:
         lines += ["", f"Not tested here yet: {'; '.join(untested)}."]
