@@ -134,7 +134,7 @@ def _checked(config: Any, file: Path) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{file}: {unknown_name('architecture', str(name), known)}")
     for key, value, kind in (("model_args", arguments, dict), ("num_classes", classes, int)):
         if not isinstance(value, kind):
-            raise ValueError(f"{file}: {key} is {shown(value)}; allowed: a {kind.__name__}; give another folder")
+            raise ValueError(f"{file}: {key} is {shown(value)}; allowed: {kind.__name__}; give another folder")
     _check_arguments(arguments, file)
     return name, arguments | {"num_classes": classes}
 
