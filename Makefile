@@ -7,11 +7,11 @@ PYTEST_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint format mutants demo study results clean
+.PHONY: help setup test lint format mutants demo study results export-matrix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 
@@ -42,6 +42,9 @@ study: $(STAMP) ## Tables 1 and 6 on digits, 5 seeds each: OUT=studies
 
 results: $(STAMP) ## rewrite what is generated from the ledgers in results/: tables, docs/claims.md, README
 	$(VENV)/bin/python -m mpvg.study.claims
+
+export-matrix: $(STAMP) ## every family, method and runtime: exported against PyTorch, with a record
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/export_matrix.py --json benchmarks/records/export_matrix.json
 
 clean: ## remove caches and build products; .venv, runs and demo stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

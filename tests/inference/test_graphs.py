@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import onnxruntime
+import openvino
 import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mpvg.inference.programs import to_onnx, trace
+from mpvg.inference.programs import PRECISION, to_onnx, trace
 from mpvg.inference.resample import any_size, resample
 from mpvg.models.fold import fold
 from small_networks import FAMILIES, build, images
@@ -127,12 +128,17 @@ def test_a_graph_takes_images_of_any_size(family: str, method: str) -> None:
     assert not {"Resize", "Upsample"} & {node.op_type for node in proto.graph.node}
     assert not any("upsample" in str(node.target) for node in program.graph.nodes)
     onnx, module = session(proto), program.module()
+    # OpenVINO computes another function on torch's antialiased interpolation, so it is asked, too.
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", PRECISION)
     assert onnx.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     for count, height, width in ((1, 2, 2), (3, 4, 7), (2, 11, 3), (1, 4, 4)):
         batch = torch.randn(count, 3, height * rows, width * columns)
         with torch.no_grad():
             expected = reference(batch)
-            results = network(batch), module(batch), torch.from_numpy(onnx.run(None, {"images": batch.numpy()})[0])
+            results = [network(batch), module(batch)]
+        results += [torch.from_numpy(onnx.run(None, {"images": batch.numpy()})[0])]
+        results += [torch.from_numpy(compiled([batch.numpy()])[0].copy())]
         for actual in results:
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
