@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup test lint format mutants demo study dense-demo results clean
+.PHONY: help setup test lint format mutants demo study dense-demo export-matrix results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,6 +51,9 @@ dense-demo: $(STAMP) ## pre-train a small classifier, train a segmenter and a de
 
 results: $(STAMP) ## rewrite what is generated from the ledgers in results/: tables, docs/claims.md, README
 	$(VENV)/bin/python -m mpvg.study.claims
+
+export-matrix: $(STAMP) ## every family, method and runtime: exported against PyTorch, with a record
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/export_matrix.py --json benchmarks/records/export_matrix.json
 
 clean: ## remove caches and build products; .venv, runs and demo stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 60
 # Import names of what only the extras install.
 OPTIONAL = ["matplotlib", "plotly", "sklearn", "scipy", "faster_coco_eval", "pycocotools", "transformers"]
 OPTIONAL += ["datasets", "simplejpeg", "gradio", "trackio", "wandb", "mlflow"]
-OPTIONAL += ["statsmodels", "submitit", "onnx", "onnxscript", "onnxruntime", "torchao"]
+OPTIONAL += ["statsmodels", "submitit", "onnx", "onnxscript", "onnxruntime", "openvino", "torchao"]
 # What a module may import at its top although only an extra installs it; no other module may import such a module
 # at its own top.
 OWN_PACKAGES = {"mpvg.figures": ["matplotlib"], "mpvg.study.bars": ["matplotlib"]}

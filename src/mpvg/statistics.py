@@ -135,6 +135,15 @@ def bootstrap_interval(value: float, draws: Tensor) -> Interval:
     return Interval(2 * value - high, 2 * value - low)
 
 
+def proportion_interval(share: float, count: int) -> Interval:
+    """Wilson's interval of a share in [0, 1] of `count` independent cases."""
+    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(CONFIDENCE_LEVEL, dtype=torch.float64)))
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # At 0 and 1 the end is exact; computed, it may be beside it in the last bit.
+    return Interval(0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half)
+
+
 def mean_and_interval(values: list[float]) -> tuple[float, Interval | None]:
     """Mean of independent repetitions with its Student's t interval; None instead of an interval for a single value."""
     from scipy.stats import t

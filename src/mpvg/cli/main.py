@@ -25,6 +25,7 @@ VERBS = {
     "train": Verb("train", "train a network, or continue an interrupted run"),
     "evaluate": Verb("evaluate", "score a run's checkpoint on its validation set"),
     "predict": Verb("evaluate", "name what is in images"),
+    "export": Verb("export", "a run's network as ONNX, torch.export, OpenVINO or a hub folder"),
     "inspect": Verb("networks", "parameters, FLOPs and which layer receives which position embedding"),
     "methods": Verb("networks", "the methods, as a table"),
     "models": Verb("catalog", "the networks, with size and cost"),

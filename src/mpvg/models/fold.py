@@ -36,6 +36,8 @@ def fold(model: nn.Module) -> nn.Module:
             network.norm.bias.add_(mean[0])
             last = last - mean[:, None]
     constants = delivered._replace(last=last)
+    if hasattr(network, "keep_maps"):  # Swin, whose tokens are maps
+        constants = network.keep_maps(constants)
     folded.delivery = FoldedDelivery(network.spec, constants, last_mean_folded=last_mean_folded)
     # The class swap keeps the network's own forward pass, so that there is no second one, and the subclass replaces
     # only what a folded network does differently.

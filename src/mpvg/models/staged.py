@@ -68,7 +68,7 @@ class StagedDelivery(nn.ModuleList):
                 carry = _merge(merging, carry, grid) if carry_needed else carry
                 initial = _merge(merging, initial, grid) if initial_needed else initial
                 table = None if table is None else _merge(merging, table, grid)
-                grid = _merged(grid)
+                grid = merged_grid(grid)
             delivered = delivery(carry, initial, table=table)
             carry, last = delivered.carry, delivered.last
             per_layer += delivered.per_layer
@@ -77,7 +77,7 @@ class StagedDelivery(nn.ModuleList):
     def start(self, pos: Tensor, grid: Grid, mergings: Sequence[nn.Module]) -> Tensor:
         """As PositionDelivery.start: from the raw PE, `(1, rows, D)`, for the tokens of the last stage."""
         for merging in mergings[1:]:
-            pos, grid = _merge(merging, pos, grid), _merged(grid)
+            pos, grid = _merge(merging, pos, grid), merged_grid(grid)
         return self.stages[-1].start(pos)
 
     def prune(self, depth: int, *, keep_last: bool) -> None:
@@ -102,6 +102,6 @@ def _merge(merging: nn.Module, value: Tensor, grid: Grid) -> Tensor:
     return merging(value.unflatten(1, grid)).flatten(1, 2)
 
 
-def _merged(grid: Grid) -> Grid:
+def merged_grid(grid: Grid) -> Grid:
     """The grid of patches after a merging."""
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2

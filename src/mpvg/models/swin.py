@@ -17,18 +17,25 @@ from mpvg.models.layouts import Layout
 from mpvg.models.network import POS_STD
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
-from mpvg.models.staged import StagedDelivery
+from mpvg.models.staged import StagedDelivery, merged_grid
 
 
 class DeliveredSwinBlock(SwinTransformerBlock):
     """timm's block with (shifted) windows, with an optional PE added to the attention input."""
 
+    pe_is_map = False
+    """Whether the PE comes in the shape of the tokens, as a folded network keeps it."""
+
     def forward(self, x: Tensor, pe: Tensor | None = None) -> Tensor:
-        """Runs attention and MLP on tokens `(B, H, W, D)`; `pe`, `(1, H * W, D)`, goes to the attention input only."""
+        """Runs attention and MLP on tokens `(B, H, W, D)`; `pe` goes to the attention input only.
+
+        `pe` is `(1, H * W, D)`, or `(1, H, W, D)` where `pe_is_map`.
+        """
         attended = self.norm1(x)
         if pe is not None:
             # Before the cyclic shift and the windows, so that each token gets the PE of its own position.
-            attended = attended + pe.unflatten(1, x.shape[1:3])  # Eqs. (6), (9): MSA(LN_l(x_l) + LN'_l(pos))
+            pe = pe if self.pe_is_map else pe.unflatten(1, x.shape[1:3])
+            attended = attended + pe  # Eqs. (6), (9): MSA(LN_l(x_l) + LN'_l(pos))
         # timm's attention cannot reshape no windows; a size that is not an int is traced, and not known to be 0.
         if not isinstance(x.shape[0], int) or x.shape[0] > 0:
             x = x + self.drop_path1(self._attn(attended))  # type: ignore[no-untyped-call]  # Eq. (2)
@@ -138,6 +145,21 @@ class DeliveredSwinTransformer(SwinTransformer):
         mergings = [stage.downsample for stage in self.layers]
         return self.delivery(pos, grid or self.patch_embed.grid_size, mergings, table)
 
+    def keep_maps(self, delivered: DeliveredPE) -> DeliveredPE:
+        """What the layers of a folded network receive, in the shape in which they add it, `(1, H, W, D)`.
+
+        A constant that is reshaped in the forward pass would be an operation more for each layer.
+        """
+        sides = self.patch_embed.grid_size
+        per_layer, kept = iter(delivered.per_layer), []
+        for index, stage in enumerate(self.layers):
+            sides = merged_grid(sides) if index > 0 else sides
+            for block in stage.blocks:
+                pe = next(per_layer)
+                kept.append(None if pe is None else pe.unflatten(1, sides))
+                block.pe_is_map = True
+        return delivered._replace(per_layer=tuple(kept))
+
     def pool(self, tokens: Tensor) -> Tensor:
         """The head's mean over tokens, `(B, N, D)` to `(B, D)`."""
         return tokens.mean(dim=1)
@@ -245,7 +267,8 @@ class DeliveredSwinTransformer(SwinTransformer):
             for block in stage.blocks:
                 layer, pe = next(per_layer)
                 if self.probe is not None:
-                    self.probe.layer(layer, x, block.norm1(x), pe)
+                    rows = pe.flatten(1, 2) if pe is not None and block.pe_is_map else pe
+                    self.probe.layer(layer, x, block.norm1(x), rows)
                 x = checkpoint(block, x, pe) if stage.grad_checkpointing else block(x, pe)
             if index in take:
                 taken.append(x)

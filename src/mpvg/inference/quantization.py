@@ -1,0 +1,44 @@
+"""8-bit weights for ONNX Runtime: what is quantized, and what the processor has for it."""
+
+import logging
+from pathlib import Path
+
+_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "avx512vnni", "i8mm", "asimddp")
+"""Names in /proc/cpuinfo of instructions that multiply 8-bit numbers into 32-bit sums."""
+
+
+def int8_instruction(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The processor's instruction for products of 8-bit numbers; None: it has none, or that is not known."""
+    try:
+        flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return None
+    return next((name for name in _INSTRUCTIONS if name in flags), None)
+
+
+def quantize(file: Path) -> None:
+    """Replaces an ONNX file by one with 8-bit weights, per channel, and activations that are quantized as they come.
+
+    MatMul and Gemm are quantized where a weight is a factor; convolutions and the products inside the attention stay.
+    Without an instruction for them, products of 8-bit numbers are summed in 16 bits and may saturate: then the weights
+    have 7 bits.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole = file.with_suffix(".float.onnx")
+    file.rename(whole)
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it advises a step for static quantization
+    try:
+        quantize_dynamic(
+            whole,
+            file,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=int8_instruction() is None,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        logger.setLevel(level)
+    whole.unlink()
