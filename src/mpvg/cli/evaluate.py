@@ -1,18 +1,14 @@
-"""`mpvg evaluate` and `mpvg predict`: a run's weights on a validation set, and on images."""
+"""`mpvg evaluate`: a run's weights on a validation set."""
 
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import positive, run_parser, say
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mpvg.runs import Run
     from mpvg.runs.checkpoints import Which
-    from mpvg.tasks import Prediction
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -67,54 +63,6 @@ def _evaluate_file(file: str, recipe: str, data: str | None, method: str, batch_
         *str(report).splitlines(),
     )
     return 0
-
-
-def predict(arguments: list[str]) -> int:
-    """Prints what a checkpoint says about images."""
-    parser = run_parser("predict", "Prints what is in each image: its most probable classes, or the objects.", "best")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--out", metavar="DIR", help="folder for images with what was found, and JSON or label maps")
-    given = parser.parse_args(arguments)
-    from mpvg import runs
-    from mpvg.data import read_image
-    from mpvg.runs.memory import evaluation_cure, memory_errors
-    from mpvg.tasks import Placed
-
-    run = runs.load(given.run)
-    model, preprocess, task = run.model(given.checkpoint, ema=given.ema), run.preprocess(), run.task()
-    say(f"{given.run}: {weights_text(run, given.checkpoint, ema=given.ema)}")
-    for path in given.images:
-        try:
-            picture = read_image(path, run.config.orientation)
-            image = preprocess(picture)
-        except Exception as error:  # decoders of untrusted files raise all kinds of errors
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"image {path} cannot be read ({reason}); give an image file, such as a PNG") from error
-        with memory_errors(evaluation_cure("a smaller image")):
-            found = task.predict(model, image[None])[0]
-        if isinstance(found, Placed):
-            found = found.resized(picture.height, picture.width)
-        say(path, *(f"  {line}" for line in found.lines()))
-        if given.out is not None:
-            _write(Path(given.out), path, picture, found)
-    if given.out is not None:
-        say(f"drawn in {given.out}")
-    return 0
-
-
-def _write(folder: Path, path: str, picture: "Image.Image", found: "Prediction") -> None:
-    """Writes what was found in an image, drawn and as a file for programs, under the image's name."""
-    from mpvg.files import atomic_write
-    from mpvg.tasks import Placed
-
-    if not isinstance(found, Placed):
-        raise ValueError(f"--out {folder}: this run says nothing about places in an image; leave it out")
-    folder.mkdir(parents=True, exist_ok=True)
-    content, name = BytesIO(), Path(path).name
-    found.draw(picture).save(content, "PNG")
-    ending, values = found.file(path)
-    atomic_write(folder / f"{name}.drawn.png", content.getvalue())
-    atomic_write(folder / f"{name}{ending}", values)
 
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:

@@ -14,6 +14,8 @@ from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
 from mpvg.tasks.task import Placed as Placed
 from mpvg.tasks.task import Prediction as Prediction
+from mpvg.tasks.task import Ranking as Ranking
+from mpvg.tasks.task import Tabular as Tabular
 from mpvg.tasks.task import Task as Task
 from mpvg.tasks.task import describe_metrics as describe_metrics
 from mpvg.validation import build, unknown_name

@@ -24,12 +24,17 @@ PRETRAINED = "pretrained"
 class TopClasses:
     """The most probable classes of an image, most probable first."""
 
+    columns: ClassVar[tuple[str, ...]] = ("class", "probability")
     classes: tuple[tuple[str, float], ...]
     """Name and probability of each."""
 
     def lines(self) -> list[str]:
         """One line per class."""
         return [f"{100 * probability:6.2f} %  {name}" for name, probability in self.classes]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per class."""
+        return [{"class": name, "probability": probability} for name, probability in self.classes]
 
 
 class ClassificationTask:
@@ -112,6 +117,10 @@ class ClassificationTask:
         """The five most probable classes of each image."""
         return list(predict(model, images, self._info.class_names))
 
+    def rank(self, logits: Tensor, top: int) -> list[Prediction]:
+        """The `top` most probable classes of each image; see `Ranking`."""
+        return list(top_classes(logits, self._info.class_names, top))
+
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Mean cross entropy.
@@ -163,8 +172,12 @@ def predict(model: nn.Module, images: Tensor, class_names: tuple[str, ...], k: i
         class_names: in the order of the logits.
         k: how many classes; fewer where there are fewer.
     """
-    probabilities = model.eval()(images).float().softmax(dim=1)
-    values, classes = probabilities.topk(min(k, len(class_names)), dim=1)
+    return top_classes(model.eval()(images), class_names, k)
+
+
+def top_classes(logits: Tensor, class_names: tuple[str, ...], k: int) -> list[TopClasses]:
+    """The k most probable classes of each image, from logits `(B, classes)`; other arguments as `predict`."""
+    values, classes = logits.float().softmax(dim=1).topk(min(k, len(class_names)), dim=1)
     return [
         TopClasses(tuple((class_names[c], p) for c, p in zip(row, ps, strict=True)))
         for row, ps in zip(classes.tolist(), values.tolist(), strict=True)

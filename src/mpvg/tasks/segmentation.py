@@ -80,6 +80,7 @@ class SegmentationOptions(SegmentationSizes):
 class PredictedLabels:
     """The class of each pixel of an image."""
 
+    columns: ClassVar[tuple[str, ...]] = ("class", "share")
     probabilities: Tensor
     """Of the classes, `(classes, H, W)`."""
     class_names: tuple[str, ...]
@@ -95,9 +96,13 @@ class PredictedLabels:
 
     def lines(self) -> list[str]:
         """One line per class that occurs: its share of the pixels, largest first."""
+        return [f"{100 * row['share']:6.2f} %  {row['class']}" for row in self.rows()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per class that occurs, with its share of the pixels in [0, 1], largest first."""
         classes, counts = np.unique(self.labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        return [f"{100 * counts[i] / self.labels.size:6.2f} %  {self.class_names[classes[i]]}" for i in order]
+        return [{"class": self.class_names[classes[i]], "share": float(counts[i] / self.labels.size)} for i in order]
 
     def file(self, image: str) -> tuple[str, bytes]:
         """A PNG file with a palette, whose numbers are the classes."""
