@@ -8,6 +8,8 @@ from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.tasks.detection import DetectionOptions, DetectionTask
+from mpvg.tasks.review import Review as Review
+from mpvg.tasks.review import Reviewing as Reviewing
 from mpvg.tasks.segmentation import SegmentationOptions, SegmentationTask
 from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
