@@ -130,7 +130,7 @@ def calibration_chart(certainty: Numbers, right: Numbers, bins: int = BINS) -> R
         title="Calibration",
         text="How often predictions of a probability are right: on the diagonal, of those that are 80 % certain, 80 % "
         "are. Below it the network is too certain, above it not certain enough. The lower panel has the number of "
-        "images.",
+        "images. ECE in the table above is the mean distance of the points from the diagonal, by their images.",
         counts=counts.tolist(),
         confidence=means[0].tolist(),
         accuracy=means[1].tolist(),
