@@ -26,7 +26,7 @@ OPTIONAL += ["datasets", "simplejpeg", "gradio", "trackio", "wandb", "mlflow"]
 OPTIONAL += ["statsmodels", "submitit", "onnx", "onnxscript", "onnxruntime", "openvino", "torchao"]
 # What a module may import at its top although only an extra installs it; no other module may import such a module
 # at its own top.
-OWN_PACKAGES = {"mpvg.figures": ["matplotlib"], "mpvg.study.bars": ["matplotlib"]}
+OWN_PACKAGES = {name: ["matplotlib"] for name in ("mpvg.figures", "mpvg.inference.charts", "mpvg.study.bars")}
 
 
 def module_name(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpvg.delivery import METHODS, DeliverySpec, PositionDelivery
+    from mpvg.inference import Predictor
     from mpvg.models import create_model
     from mpvg.models.convert import convert
     from mpvg.models.fold import fold
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "convert", "create_model", "fold", "load"]
+__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "Predictor", "convert", "create_model", "fold", "load"]
 
 _HOME = {
     "METHODS": "mpvg.delivery",
     "DeliverySpec": "mpvg.delivery",
     "PositionDelivery": "mpvg.delivery",
+    "Predictor": "mpvg.inference",
     "convert": "mpvg.models.convert",
     "create_model": "mpvg.models",
     "fold": "mpvg.models.fold",

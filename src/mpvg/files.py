@@ -100,11 +100,12 @@ def atomic_text(path: Path, text: str) -> None:
     atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, header: bool = True) -> str:
     """A table as CSV. Text that a spreadsheet would take for a formula is preceded by an apostrophe."""
     lines = io.StringIO(newline="")
     table = csv.DictWriter(lines, columns)
-    table.writeheader()
+    if header:
+        table.writeheader()
     for row in rows:
         table.writerow({name: _as_text(value) if isinstance(value, str) else value for name, value in row.items()})
     return lines.getvalue()
@@ -162,10 +163,15 @@ def write_new(path: Path, content: bytes) -> None:
         FileExistsError: something has this name, be it a link.
         OSError: it cannot be written.
     """
-    with os.fdopen(os.open(path, _NEW, 0o666), "wb") as file:
+    with open_new(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Makes a file and opens it for writing; errors as `write_new`."""
+    return os.fdopen(os.open(path, _NEW, 0o666), "wb")
 
 
 def append_line(path: Path, line: str) -> None:

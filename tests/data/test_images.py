@@ -230,6 +230,9 @@ def run(tmp_path: Path) -> str:
 def test_predict_names_what_is_no_image(run: str, special: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     for kind, path in special.items():
         assert main(["predict", run, path]) == 2
+        if kind == "folder":
+            assert f"folder {path} has no images; allowed endings: " in capsys.readouterr().err
+            continue
         assert (
             f"image {path} cannot be read (ValueError: {path} is a {kind}, not a regular file; "
             in capsys.readouterr().err

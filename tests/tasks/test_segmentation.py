@@ -388,6 +388,10 @@ def test_a_run_on_a_canvas_is_killed_and_resumed_to_the_same_bits(
     with Image.open(scene) as given, Image.open(tmp_path / "found" / f"{scene.name}.labels.png") as labels:
         assert labels.size == given.size
     assert (tmp_path / "found" / f"{scene.name}.drawn.png").is_file()
+    assert main(["evaluate", str(whole), "--out", str(tmp_path / "mistakes")]) == 0
+    assert json.loads((tmp_path / "mistakes/results.json").read_text())["metrics"]["miou"] == lines[-1]["miou"]
+    assert len((tmp_path / "mistakes/predictions.jsonl").read_text().splitlines()) == 5
+    assert (tmp_path / "mistakes/mistakes.html").read_text().count("<img ") == 5
 
 
 def test_a_run_starts_from_the_folder_of_a_classifier_and_trains_heads_alone(

@@ -1,9 +1,7 @@
 """report.html: a single file that contains everything and loads nothing."""
 
-import base64
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +16,7 @@ from mpvg.analysis.drawing import IMAGES_IN_FIG7, R_SPAN, norm_map, to_rgb
 from mpvg.analysis.findings import Findings, RunsByConfig, without_nan
 from mpvg.analysis.sentences import mean_over_seeds, value_at
 from mpvg.analysis.tables import comparison_table, correlation_table, parts_table, replacement_table
+from mpvg.pages import embedded, figure, fill
 from mpvg.runs.environment import commit, hardware
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -73,8 +72,7 @@ def render(
     }
     parts |= {name: _figure(name, pictures[name], "static") if name in pictures else "" for name in _INTERACTIVE}
     parts["parts"] = _figure("parts", pictures["parts"]) if "parts" in pictures else ""
-    # In one pass, so that no placeholder is searched for in the parts that were filled in.
-    return re.sub(r"<!--([\w-]+)-->", lambda placeholder: parts[placeholder[1]], TEMPLATE.read_text(encoding="utf-8"))
+    return fill(TEMPLATE, parts)
 
 
 _INTERACTIVE = ("fig4", "fig6", "fig7")
@@ -126,24 +124,6 @@ def _problems(texts: Iterable[str]) -> str:
 def _figure(name: str, path: Path, kind: str = "") -> str:
     caption = _CAPTIONS[name if name in _CAPTIONS else name.split("-")[0]]
     return figure(path, caption, f"{caption} Also as {path.stem}.pdf.", id=name, kind=kind)
-
-
-def figure(path: Path, alternative: str, caption: str, *, id: str, kind: str = "") -> str:
-    """HTML of a picture that is part of the page.
-
-    Args:
-        path: PNG or SVG file.
-        alternative: what is read out instead of the picture.
-        caption: text below the picture.
-        id: id of the element.
-        kind: class of the element; "static": it is shown only in print and without JavaScript.
-    """
-    media = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure id="{escape(id)}" class="{kind}"><img alt="{escape(alternative)}" src="data:{media};base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
 
 
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -250,7 +230,7 @@ def _png(pixels: NDArray[Any]) -> str:
 
     file = io.BytesIO()
     Image.fromarray((pixels * 255).round().astype("uint8")).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return embedded(file.getvalue())
 
 
 def _json(value: Any) -> str:

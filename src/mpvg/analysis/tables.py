@@ -1,6 +1,6 @@
 """The tables of a report, as HTML."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 
@@ -9,6 +9,7 @@ from mpvg.analysis.findings import AnalyzedRun, Estimate, RunsByConfig, layer_na
 from mpvg.analysis.numbers import estimate_parts
 from mpvg.analysis.sensitivity import KINDS
 from mpvg.analysis.sentences import change_over_seeds, mean_over_seeds, value_at
+from mpvg.pages import table
 
 PARTS = {
     "r_constant": "r_constant",
@@ -36,7 +37,7 @@ def comparison_table(compared: Mapping[str, Compared]) -> str:
             differences = (one.accuracy_difference, 100), (one.nll_difference, 1)
             cells += ["-" if value is None else _cell(value, scale=scale) for value, scale in differences]
         rows.append((escape(name), cells))
-    return _html_table("Accuracy and NLL", head, rows, wide=(3,))
+    return table("Accuracy and NLL", head, rows, wide=(3,))
 
 
 def correlation_table(groups: RunsByConfig) -> str:
@@ -53,7 +54,7 @@ def correlation_table(groups: RunsByConfig) -> str:
         for name, members in groups.items()
         for kind, trained in (("", True), (", untrained", False))
     ]
-    return _html_table("r of each layer", ["r", *names], rows)
+    return table("r of each layer", ["r", *names], rows)
 
 
 def parts_table(groups: RunsByConfig) -> str:
@@ -66,7 +67,7 @@ def parts_table(groups: RunsByConfig) -> str:
                 if trained or field.startswith("r_"):
                     cells = _by_layer(members, names, partial(_part_cell, members, field, trained=trained))
                     rows.append((f"{escape(name + kind)}: {label}", cells))
-    return _html_table("The two parts of r", ["", *names], rows)
+    return table("The two parts of r", ["", *names], rows)
 
 
 def _part_cell(members: Sequence[AnalyzedRun], field: str, index: int, *, trained: bool) -> str:
@@ -94,37 +95,13 @@ def replacement_table(groups: RunsByConfig) -> str:
                     if kind == "swapped" and change is not None:
                         cells[place] += f"<br><small>PE of {measured[name][0][index].neighbor}</small>"
                 rows.append((f"{escape(name)}: {words}, {label}", [cells.get(place, "-") for place in names]))
-    return _html_table("Changes if one layer receives another PE", ["", *names], rows) if names else ""
+    return table("Changes if one layer receives another PE", ["", *names], rows) if names else ""
 
 
 def _by_layer(members: Sequence[AnalyzedRun], names: Sequence[str], cell: Callable[[int], str]) -> list[str]:
     """The cell of every layer, given its index; "-" for a layer that the network does not have."""
     cells = {place.name: cell(index) for index, place in enumerate(members[0].trained.places)}
     return [cells.get(name, "-") for name in names]
-
-
-def _html_table(
-    caption: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], wide: Sequence[int] = ()
-) -> str:
-    """A table in a box that scrolls, so that the page does not.
-
-    Args:
-        caption: what it shows, as text.
-        head: headings of the columns, as text.
-        rows: heading and cells of each row, as HTML.
-        wide: cells that may be broken into several lines.
-    """
-    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    body = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f"<td{' class=list' if n in wide else ''}>{cell}</td>" for n, cell in enumerate(cells))
-        + "</tr>"
-        for name, cells in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 def _cell(estimate: Estimate, *, scale: float = 1, signed: bool = True) -> str:

@@ -1,18 +1,19 @@
-"""`mpvg evaluate` and `mpvg predict`: a run's weights on a validation set, and on images."""
+"""`mpvg evaluate`: a run's weights on a validation set."""
 
+import argparse
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import positive, run_parser, say
+from mpvg.validation import printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import torch
+    from torch import nn
 
     from mpvg.runs import Run
     from mpvg.runs.checkpoints import Which
-    from mpvg.tasks import Prediction
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -22,30 +23,54 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
     parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
     parser.add_argument("--method", default="default", help="with --recipe: the method of the file (default: default)")
+    parser.add_argument("--out", metavar="DIR", help="new folder for the mistakes: mistakes.html, CSV, PNG, JSON")
     given = parser.parse_args(arguments)
+    out = None if given.out is None else Path(given.out)
+    if out is not None:
+        from mpvg.inference.mistakes import check_output
+
+        check_output(out)
     if given.recipe is not None:
-        return _evaluate_file(given.run, given.recipe, given.data, given.method, given.batch_size)
+        return _evaluate_file(given, out)
     import torch
 
     from mpvg import runs
     from mpvg.runs.memory import evaluation_cure, memory_errors
-    from mpvg.tasks import describe_metrics
 
     run = runs.load(given.run)
     device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
-    batch, task = given.batch_size or run.config.batch_size, run.task()
+    batch, which = given.batch_size or run.config.batch_size, weights_text(run, given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
-        validation = run.validation(device, data=given.data, batch_size=batch)
-        found = task.evaluate(run.model(given.checkpoint, ema=given.ema).to(device), validation)
-    skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
-    scores = ", ".join(describe_metrics(task, found.metrics))
-    say(f"{given.run}: {scores} on {found.images} images{skipped}", weights_text(run, given.checkpoint, ema=given.ema))
+        model = run.model(given.checkpoint, ema=given.ema).to(device)
+        line = _score(run, model, device, given, out, which)
+    say(line, which, *([] if out is None else [f"mistakes in {out}"]))
     if given.checkpoint == "last" and given.data is None and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")
     return 0
 
 
-def _evaluate_file(file: str, recipe: str, data: str | None, method: str, batch_size: int | None) -> int:
+def _score(
+    run: "Run", model: "nn.Module", device: "torch.device", given: argparse.Namespace, out: Path | None, which: str
+) -> str:
+    """Evaluates a model and, if asked for, writes its mistakes; returns the scores as a line."""
+    from mpvg.tasks import describe_metrics
+
+    task, data = run.task(), None if given.recipe else given.data
+    if out is None:
+        validation = run.validation(device, data=data, batch_size=given.batch_size)
+        found = task.evaluate(model, validation)
+    else:
+        from mpvg.inference.mistakes import reviewing, write_mistakes
+
+        tells = reviewing(task, run.config.task)
+        validation = run.validation(device, data=data, batch_size=given.batch_size)
+        title = f"The mistakes of {Path(given.run).name} on {given.data or run.config.data}"
+        found = write_mistakes(out, tells, model, validation, title=printable(title), weights=which).evaluation
+    skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
+    return f"{given.run}: {', '.join(describe_metrics(task, found.metrics))} on {found.images} images{skipped}"
+
+
+def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
     """Prints the metrics of a file of weights, which is in no run folder."""
     import torch
 
@@ -53,68 +78,15 @@ def _evaluate_file(file: str, recipe: str, data: str | None, method: str, batch_
     from mpvg.recipes import recipe as find
     from mpvg.runs.memory import evaluation_cure, memory_errors
     from mpvg.runs.weights import weights_run
-    from mpvg.tasks import describe_metrics
 
-    config = replace(find(recipe, data), method=parse_method(method))
-    device, batch = torch.device("cuda" if torch.cuda.is_available() else "cpu"), batch_size or config.batch_size
+    config = replace(find(given.recipe, given.data), method=parse_method(given.method))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = given.batch_size or config.batch_size
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
-        run, model, report = weights_run(Path(file), config)
-        validation, task = run.validation(device, batch_size=batch), run.task()
-        found = task.evaluate(model.to(device), validation)
-    skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
-    say(
-        f"{file}: {', '.join(describe_metrics(task, found.metrics))} on {found.images} images{skipped}",
-        *str(report).splitlines(),
-    )
+        run, model, report = weights_run(Path(given.run), config)
+        line = _score(run, model.to(device), device, given, out, f"weights: {given.run}")
+    say(line, *str(report).splitlines(), *([] if out is None else [f"mistakes in {out}"]))
     return 0
-
-
-def predict(arguments: list[str]) -> int:
-    """Prints what a checkpoint says about images."""
-    parser = run_parser("predict", "Prints what is in each image: its most probable classes, or the objects.", "best")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--out", metavar="DIR", help="folder for images with what was found, and JSON or label maps")
-    given = parser.parse_args(arguments)
-    from mpvg import runs
-    from mpvg.data import read_image
-    from mpvg.runs.memory import evaluation_cure, memory_errors
-    from mpvg.tasks import Placed
-
-    run = runs.load(given.run)
-    model, preprocess, task = run.model(given.checkpoint, ema=given.ema), run.preprocess(), run.task()
-    say(f"{given.run}: {weights_text(run, given.checkpoint, ema=given.ema)}")
-    for path in given.images:
-        try:
-            picture = read_image(path, run.config.orientation)
-            image = preprocess(picture)
-        except Exception as error:  # decoders of untrusted files raise all kinds of errors
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"image {path} cannot be read ({reason}); give an image file, such as a PNG") from error
-        with memory_errors(evaluation_cure("a smaller image")):
-            found = task.predict(model, image[None])[0]
-        if isinstance(found, Placed):
-            found = found.resized(picture.height, picture.width)
-        say(path, *(f"  {line}" for line in found.lines()))
-        if given.out is not None:
-            _write(Path(given.out), path, picture, found)
-    if given.out is not None:
-        say(f"drawn in {given.out}")
-    return 0
-
-
-def _write(folder: Path, path: str, picture: "Image.Image", found: "Prediction") -> None:
-    """Writes what was found in an image, drawn and as a file for programs, under the image's name."""
-    from mpvg.files import atomic_write
-    from mpvg.tasks import Placed
-
-    if not isinstance(found, Placed):
-        raise ValueError(f"--out {folder}: this run says nothing about places in an image; leave it out")
-    folder.mkdir(parents=True, exist_ok=True)
-    content, name = BytesIO(), Path(path).name
-    found.draw(picture).save(content, "PNG")
-    ending, values = found.file(path)
-    atomic_write(folder / f"{name}.drawn.png", content.getvalue())
-    atomic_write(folder / f"{name}{ending}", values)
 
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:

@@ -23,8 +23,8 @@ class Verb:
 
 VERBS = {
     "train": Verb("train", "train a network, or continue an interrupted run"),
-    "evaluate": Verb("evaluate", "score a run's checkpoint on its validation set"),
-    "predict": Verb("evaluate", "name what is in images"),
+    "evaluate": Verb("evaluate", "score a run's checkpoint on its validation set; --out shows its mistakes"),
+    "predict": Verb("predict", "name what is in images: files, folders, globs"),
     "export": Verb("export", "a run's network as ONNX, torch.export, OpenVINO or a hub folder"),
     "inspect": Verb("networks", "parameters, FLOPs and which layer receives which position embedding"),
     "methods": Verb("networks", "the methods, as a table"),

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 
 from mpvg.data.listing import Found, in_class_order
-from mpvg.data.rules import IMAGE_ENDINGS, MAX_BYTES, Names, ending, is_hidden, is_image, report_other_endings, say_once
+from mpvg.data.rules import (
+    IMAGE_ENDINGS,
+    MAX_BYTES,
+    Names,
+    ending,
+    is_hidden,
+    is_image,
+    natural_key,
+    report_other_endings,
+    say_once,
+)
 from mpvg.files import check_regular
 
 
@@ -34,6 +44,19 @@ class Paths:
 
     def select(self, indices: "np.ndarray[Any, Any]") -> "Paths":
         return Paths(self.root, Names(self.names[index] for index in indices.tolist()))
+
+
+def images_below(folder: Path) -> list[str]:
+    """The image files at any depth below a folder, by their paths below it, 2 before 10.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+        ValueError: something that is named as an image is no file.
+    """
+    tree = _Tree(str(folder))
+    tree.report("the folder")
+    paths = [f"{inner}/{name}" if inner else name for inner, images in tree.folders.items() for name, _ in images]
+    return sorted(paths, key=natural_key)
 
 
 def list_folder(folder: Path, split: str) -> Found:

@@ -6,9 +6,10 @@ This is the one place where a file becomes 8-bit pixels: for training, evaluatio
 import io
 import math
 import os
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, BinaryIO, Literal, Protocol
@@ -97,11 +98,9 @@ def read_label_map(file: File) -> "npt.NDArray[np.uint8]":
     bits, color = data[_PNG_DEPTH : _PNG_DEPTH + 2].ljust(2, b"\0")
     if color not in (_PNG_GRAY, _PNG_PALETTE) or (color == _PNG_GRAY and bits != 8):  # PIL stretches fewer bits
         raise ValueError(f"it has {bits} bits of PNG color type {color}; a label map has 8 bits of gray, or a palette")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with _open(data) as image:
-            _check_shape(image)
-            return np.array(image)
+    with _warnings.strict(), _open(data) as image:
+        _check_shape(image)
+        return np.array(image)
 
 
 def read_pixels(file: File, orientation: Orientation = "exif") -> Tensor:
@@ -161,17 +160,62 @@ def _read(file: File) -> tuple[bytes, bytes]:
 
 
 def _decode(data: bytes, exif: bytes, orientation: Orientation) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of damaged TIFF tags, once for each
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with _open(data) as image:
-            _check_shape(image)
-            image.load()
-            rgb = to_8bit(image)
-            if rgb.mode != "RGB":  # it would be copied
-                rgb = rgb.convert("RGB")
-            found = find_orientation(exif or image.info.get("exif", b""))
+    with _warnings.strict(), _open(data) as image:
+        return as_read(image, orientation, exif)
+
+
+def as_read(image: Image.Image, orientation: Orientation = "exif", exif: bytes = b"") -> Image.Image:
+    """A picture that PIL has opened or made, as `read_image` reads the file of it: 8-bit RGB, turned as asked for.
+
+    Args:
+        image: of any mode whose values have a known range.
+        orientation: see `read_image`.
+        exif: its EXIF data; empty: those that PIL knows of.
+
+    Raises:
+        OSError: its file is damaged.
+        ValueError: as `read_image`.
+    """
+    _check_shape(image)
+    image.load()
+    rgb = to_8bit(image)
+    if rgb.mode != "RGB":  # it would be copied
+        rgb = rgb.convert("RGB")
+    found = find_orientation(exif or image.info.get("exif", b""))
     return rgb.transpose(_TURNS[found][0]) if orientation == "exif" and found in _TURNS else rgb
+
+
+class _Warnings:
+    """The warning filters of decoding, which Python has once for all threads.
+
+    Each thread setting and restoring them by itself would take them from the others in the middle of a picture, and in
+    the end leave them set. So the first thread that decodes sets them, and the last one restores what was before.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._before = warnings.catch_warnings()
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """A picture with too many pixels is an error, and damaged TIFF tags are not spoken of, once for each."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore", UserWarning)
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._before.__exit__(None, None, None)
+
+
+_warnings = _Warnings()
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

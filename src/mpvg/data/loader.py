@@ -48,6 +48,7 @@ class LoadedBatches:
         device: torch.device,
     ) -> None:
         self.unreadable: set[int] = set()
+        self._source = source
         self._order, self._pipeline, self._device = order, pipeline, device
         self._skip_corrupt = config.skip_corrupt
         self._passes = 0
@@ -72,6 +73,10 @@ class LoadedBatches:
     def skipped(self) -> int:
         """See `Batches.skipped`."""
         return len(self.unreadable)
+
+    def name(self, number: int) -> str:
+        """See `NamedSamples.name`."""
+        return self._source.name(number)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         """See `Batches.epoch`; a validation batch in which no image can be read is not yielded.

@@ -147,7 +147,7 @@ class TensorBatches:
 
     def __init__(self, source: TensorSource, pipeline: DevicePipeline, order: BatchOrder, device: torch.device) -> None:
         self._images, self._targets = source.images.to(device), source.targets.to(device)
-        self._pipeline, self._order = pipeline, order
+        self._pipeline, self._order, self.name = pipeline, order, source.name
         self.unreadable: set[int] = set()
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ a source into batches; `open_split` joins the two, with one order, one way of se
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from PIL import Image
@@ -127,6 +127,14 @@ class Batches(Protocol[B_co]):
         Yields:
             Batches on the device.
         """
+
+
+@runtime_checkable
+class NamedSamples(Protocol):
+    """What batches have beside `Batches` where their samples have names."""
+
+    def name(self, number: int) -> str:
+        """What messages call a sample of the split."""
 
 
 Transform = Callable[[Sample], Sample]

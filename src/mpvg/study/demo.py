@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpvg import runs
-from mpvg.analysis import page, report
+from mpvg.analysis import report
+from mpvg.pages import figure
 from mpvg.study.folder import StudyFolder, make_folder
 from mpvg.study.plan import read_study
 from mpvg.study.runner import run_study
@@ -161,7 +162,7 @@ def _write_report(data: str, results: Results, sentence: str, out: Path) -> Path
         f"{summary['date'][:10]}"
     )
     caption = "Accuracy on the test images after each epoch; a band is the range over the seeds."
-    picture = page.figure(out / "curves.png", caption, f"{caption} Also as curves.svg.", id="curves")
+    picture = figure(out / "curves.png", caption, f"{caption} Also as curves.svg.", id="curves")
     front = f"<p>{escape(sentence)}</p>{picture}<p><small>{escape(made)}</small></p>"
     analyzed = [report.analyze_run(run, report.Options()) for trained in results.values() for run in trained.runs]
     return report.write(out, analyzed, {}, title=f"mpvg demo: {data}", front=front).page

@@ -8,12 +8,16 @@ from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.tasks.detection import DetectionOptions, DetectionTask
+from mpvg.tasks.review import Review as Review
+from mpvg.tasks.review import Reviewing as Reviewing
 from mpvg.tasks.segmentation import SegmentationOptions, SegmentationTask
 from mpvg.tasks.task import EMA
 from mpvg.tasks.task import Evaluation as Evaluation
 from mpvg.tasks.task import Metric as Metric
 from mpvg.tasks.task import Placed as Placed
 from mpvg.tasks.task import Prediction as Prediction
+from mpvg.tasks.task import Ranking as Ranking
+from mpvg.tasks.task import Tabular as Tabular
 from mpvg.tasks.task import Task as Task
 from mpvg.tasks.task import describe_metrics as describe_metrics
 from mpvg.validation import build, unknown_name

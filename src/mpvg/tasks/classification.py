@@ -1,6 +1,6 @@
 """Image classification: one class per image."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from mpvg.config import RunConfig
 from mpvg.data import Batches, DataInfo, ImageBatch, image_pipeline, make_preprocess
 from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
 from mpvg.models import TIMM, create_model
+from mpvg.tasks.classification_review import ClassificationRecord
+from mpvg.tasks.review import Review
 from mpvg.tasks.task import Evaluation, Metric, Prediction, sum_device
 
 PRETRAINED = "pretrained"
@@ -24,12 +26,17 @@ PRETRAINED = "pretrained"
 class TopClasses:
     """The most probable classes of an image, most probable first."""
 
+    columns: ClassVar[tuple[str, ...]] = ("class", "probability")
     classes: tuple[tuple[str, float], ...]
     """Name and probability of each."""
 
     def lines(self) -> list[str]:
         """One line per class."""
         return [f"{100 * probability:6.2f} %  {name}" for name, probability in self.classes]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per class."""
+        return [{"class": name, "probability": probability} for name, probability in self.classes]
 
 
 class ClassificationTask:
@@ -104,6 +111,15 @@ class ClassificationTask:
         """See the function `evaluate`."""
         return evaluate(model, batches, accelerator)
 
+    def review(self, model: nn.Module, batches: Batches[ImageBatch]) -> Review:
+        """Classes, confusions, confident mistakes and calibration; see `Reviewing`.
+
+        Raises:
+            ModuleNotFoundError: scikit-learn is not installed.
+        """
+        record = ClassificationRecord(self._info)
+        return record.review(evaluate(model, batches, watch=record.watch))
+
     def preprocess(self) -> Preprocess:
         """What validation does to an image."""
         return make_preprocess(self._info)
@@ -111,6 +127,10 @@ class ClassificationTask:
     def predict(self, model: nn.Module, images: Tensor) -> list[Prediction]:
         """The five most probable classes of each image."""
         return list(predict(model, images, self._info.class_names))
+
+    def rank(self, logits: Tensor, top: int) -> list[Prediction]:
+        """The `top` most probable classes of each image; see `Ranking`."""
+        return list(top_classes(logits, self._info.class_names, top))
 
 
 def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -125,8 +145,19 @@ def classification_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Te
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches[ImageBatch], accelerator: Accelerator | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Batches[ImageBatch],
+    accelerator: Accelerator | None = None,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> Evaluation:
     """Scores a classifier on every image once, over all processes.
+
+    Args:
+        model: the classifier.
+        batches: the images.
+        accelerator: of the processes; None: there is one.
+        watch: is given the images, logits and targets of each batch of this process.
 
     Returns:
         Accuracy and top-5 accuracy in [0, 1], and the mean negative log-likelihood of the true class in nats.
@@ -144,6 +175,8 @@ def evaluate(model: nn.Module, batches: Batches[ImageBatch], accelerator: Accele
         nll = F.cross_entropy(logits, targets, reduction="none").to(place).double().sum()
         one, five = (hit.sum().to(place).double() for hit in (hits[:, 0], hits.any(dim=1)))
         sums += torch.stack([one, five, nll, nll.new_full((), len(targets))])
+        if watch is not None:
+            watch(images, logits, targets)
     if accelerator is not None and accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     count = int(sums[3])
@@ -163,8 +196,12 @@ def predict(model: nn.Module, images: Tensor, class_names: tuple[str, ...], k: i
         class_names: in the order of the logits.
         k: how many classes; fewer where there are fewer.
     """
-    probabilities = model.eval()(images).float().softmax(dim=1)
-    values, classes = probabilities.topk(min(k, len(class_names)), dim=1)
+    return top_classes(model.eval()(images), class_names, k)
+
+
+def top_classes(logits: Tensor, class_names: tuple[str, ...], k: int) -> list[TopClasses]:
+    """The k most probable classes of each image, from logits `(B, classes)`; other arguments as `predict`."""
+    values, classes = logits.float().softmax(dim=1).topk(min(k, len(class_names)), dim=1)
     return [
         TopClasses(tuple((class_names[c], p) for c, p in zip(row, ps, strict=True)))
         for row, ps in zip(classes.tolist(), values.tolist(), strict=True)

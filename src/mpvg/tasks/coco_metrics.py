@@ -60,7 +60,9 @@ def dataset(truths: Sequence[Mapping[str, Any]], category_ids: Sequence[int]) ->
 
 
 def check_objects(truths: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where images of `truth_record` have no object, so that there is no AP."""
+    """Raises ValueError where there is no image of `truth_record`, or no object in them, so that there is no AP."""
+    if not truths:
+        raise ValueError("no image could be evaluated; give a validation set with readable images")
     if all(one["iscrowd"] for truth in truths for one in truth["annotations"]):
         raise ValueError("no object is annotated in the validation images; give a validation set with objects")
 
@@ -80,20 +82,53 @@ def average_precision(
         ValueError: no object is annotated, so that there is no AP.
     """
     check_objects(truths)
-    package, file = evaluator(), dataset(truths, category_ids)
-    position = {image["id"]: number for number, image in enumerate(file["images"])}
-    ordered = sorted(results, key=lambda result: position[result["image_id"]])
     found: dict[str, float] = {}
-    for name, kind in KINDS.items():
-        truth = package.COCO(file, print_function=_silent)
-        given = truth.loadRes([dict(result) for result in ordered])  # it writes into the records
-        evaluation = package.COCOeval_faster(truth, given, kind, print_function=_silent)
-        evaluation.evaluate()
-        evaluation.accumulate()
+    for name in KINDS:
+        evaluation = _evaluated(truths, results, category_ids, name)
         evaluation.summarize()
         values = zip(THRESHOLDS, evaluation.stats[: len(THRESHOLDS)], strict=True)
         found |= {f"{name}_{threshold}": float(value) for threshold, value in values}
     return found
+
+
+def accumulated(
+    truths: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int],
+    name: str,
+) -> dict[str, Any]:
+    """Precision over recall of boxes or masks; other arguments and errors as `average_precision`.
+
+    Args:
+        truths: images.
+        results: what was found.
+        category_ids: of all classes.
+        name: "box" or "mask".
+
+    Returns:
+        `precision`, an array (thresholds of the overlap, recalls, classes, areas, numbers of detections) with -1 where
+        a class has no object, and the `recalls`, from 0 to 1.
+    """
+    evaluation = _evaluated(truths, results, category_ids, name)
+    return {"precision": evaluation.eval["precision"], "recalls": evaluation.params.recThrs.tolist()}
+
+
+def _evaluated(
+    truths: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int],
+    name: str,
+) -> Any:
+    """COCO's evaluation of one of `KINDS`."""
+    package, file = evaluator(), dataset(truths, category_ids)
+    position = {image["id"]: number for number, image in enumerate(file["images"])}
+    ordered = sorted(results, key=lambda result: position[result["image_id"]])
+    truth = package.COCO(file, print_function=_silent)
+    given = truth.loadRes([dict(result) for result in ordered])  # it writes into the records
+    evaluation = package.COCOeval_faster(truth, given, KINDS[name], print_function=_silent)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
 
 
 def _silent(*_: Any) -> None:

@@ -16,7 +16,9 @@ from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
 from mpvg.tasks.coco_metrics import average_precision, check_objects, evaluator, truth_record
+from mpvg.tasks.detection_review import DetectionRecord
 from mpvg.tasks.detections import Detections
+from mpvg.tasks.review import Review
 from mpvg.tasks.task import Evaluation, Metric, Prediction
 from mpvg.validation import build, check
 
@@ -123,25 +125,39 @@ class DetectionTask:
             ValueError: no image can be read, or no object is annotated.
         """
         model.eval()
-        network = model if accelerator is None else _alike(model, accelerator)
-        truths: list[dict[str, Any]] = []
-        results: list[dict[str, Any]] = []
-        for batch in batches.epoch():
-            for one in batch.one_by_one():
-                truth = one.targets[0].truth
-                assert truth is not None
-                found = self._detect(network, one.images, one.sizes[0])
-                truths.append(truth_record(truth, self._category_ids))
-                results += found.resized(truth.height, truth.width).to_coco(truth.image_id)
+        truths, results = self._collect(model if accelerator is None else _alike(model, accelerator), batches)
         if accelerator is not None and accelerator.num_processes > 1:
             truths, results = gather_object(truths), gather_object(results)
-        if not truths:
-            raise ValueError("no image could be evaluated; give a validation set with readable images")
         check_objects(truths)  # by every process: the others would wait for a first one that stops
         metrics = [average_precision(truths, results, self._category_ids) if _is_first(accelerator) else {}]
         if accelerator is not None:
             broadcast_object_list(metrics)
         return Evaluation(metrics[0], len(truths))
+
+    def _collect(
+        self, model: nn.Module, batches: Batches[SceneBatch], record: DetectionRecord | None = None
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The annotated images, and what a model finds in them as COCO's results; a record is given each of them."""
+        truths: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
+        for batch in batches.epoch():
+            for one in batch.one_by_one():
+                truth, (height, width) = one.targets[0].truth, one.sizes[0]
+                assert truth is not None
+                found = self._detect(model, one.images, (height, width))
+                truths.append(truth_record(truth, self._category_ids))
+                results += found.resized(truth.height, truth.width).to_coco(truth.image_id)
+                if record is not None:
+                    record.watch(one.images[0, :, :height, :width], found, truth)
+        return truths, results
+
+    def review(self, model: nn.Module, batches: Batches[SceneBatch]) -> Review:
+        """Classes, precision over recall and the worst images; see `Reviewing`."""
+        record = DetectionRecord(self._info)
+        truths, results = self._collect(model.eval(), batches, record)
+        check_objects(truths)
+        metrics = average_precision(truths, results, self._category_ids)
+        return record.review(metrics, truths, results, self._category_ids)
 
     def preprocess(self) -> Preprocess:
         """What evaluation does to an image, but for the padding: (3, H, W)."""

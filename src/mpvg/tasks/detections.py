@@ -3,7 +3,7 @@
 import json
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ SHOWN = 0.3
 class Detections:
     """Objects in an image, the most certain first."""
 
+    columns: ClassVar[tuple[str, ...]] = ("class", "score", "left", "top", "right", "bottom")
     height: int
     """Of the image whose pixels are meant."""
     width: int
@@ -81,6 +82,14 @@ class Detections:
             lines.append(f"{100 * float(score):6.2f} %  {name}, {left}, {top} to {right}, {bottom}")
         rest = len(self.scores) - len(lines)
         return [*lines, *([f"{rest} with a score below {100 * SHOWN:.0f} %"] if rest or not lines else [])]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each object that is certain enough, with its box in pixels."""
+        shown = self._shown()
+        found = zip(shown.labels.tolist(), shown.scores.tolist(), shown.boxes.tolist(), strict=True)
+        return [
+            dict(zip(self.columns, (self.class_names[label], score, *box), strict=True)) for label, score, box in found
+        ]
 
     def draw(self, image: Image.Image) -> Image.Image:
         """The image, in RGB and of `width` x `height` pixels, with the boxes, masks and names of certain objects."""

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -23,6 +23,8 @@ from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.upernet import UperNet, resized
 from mpvg.overlays import colored_png, draw_labels
+from mpvg.tasks.review import Review
+from mpvg.tasks.segmentation_review import SegmentationRecord, by_class
 from mpvg.tasks.task import Evaluation, Metric, Prediction
 from mpvg.validation import build, check
 
@@ -80,6 +82,7 @@ class SegmentationOptions(SegmentationSizes):
 class PredictedLabels:
     """The class of each pixel of an image."""
 
+    columns: ClassVar[tuple[str, ...]] = ("class", "share")
     probabilities: Tensor
     """Of the classes, `(classes, H, W)`."""
     class_names: tuple[str, ...]
@@ -95,9 +98,13 @@ class PredictedLabels:
 
     def lines(self) -> list[str]:
         """One line per class that occurs: its share of the pixels, largest first."""
+        return [f"{100 * row['share']:6.2f} %  {row['class']}" for row in self.rows()]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per class that occurs, with its share of the pixels in [0, 1], largest first."""
         classes, counts = np.unique(self.labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        return [f"{100 * counts[i] / self.labels.size:6.2f} %  {self.class_names[classes[i]]}" for i in order]
+        return [{"class": self.class_names[classes[i]], "share": float(counts[i] / self.labels.size)} for i in order]
 
     def file(self, image: str) -> tuple[str, bytes]:
         """A PNG file with a palette, whose numbers are the classes."""
@@ -203,18 +210,30 @@ class SegmentationTask:
     @torch.inference_mode()
     def confusion(self, model: nn.Module, batches: Batches[LabelBatch]) -> tuple[Tensor, Tensor]:
         """How many pixels of class i (row) are taken for class j (column), int64; and the number of images."""
-        model.eval()
         device = next(model.parameters()).device
         table = torch.zeros(2 * (self._info.num_classes,), dtype=torch.int64, device=device)
         images = torch.zeros((), dtype=torch.int64, device=device)
+        for one, found in self._found(model, batches):
+            table += confusion(found, one.labels[0], self._info.num_classes)
+            images += 1
+        return table, images
+
+    def _found(self, model: nn.Module, batches: Batches[LabelBatch]) -> Iterator[tuple[LabelBatch, Tensor]]:
+        """Each image as a batch, and the classes that are found in it `(H, W)`, at the size of its labels."""
+        model.eval()
         for batch in batches.epoch():
             for one in batch.one_by_one():
                 labels = one.labels[0]
                 size = (labels.shape[0], labels.shape[1])
-                found = probabilities(model, one.images, size, self._options).argmax(dim=1)[0]
-                table += confusion(found, labels, self._info.num_classes)
-                images += 1
-        return table, images
+                yield one, probabilities(model, one.images, size, self._options).argmax(dim=1)[0]
+
+    @torch.inference_mode()
+    def review(self, model: nn.Module, batches: Batches[LabelBatch]) -> Review:
+        """Classes and the worst images; see `Reviewing`."""
+        record = SegmentationRecord(self._info)
+        for one, found in self._found(model, batches):
+            record.watch(one.images, found, one.labels[0], confusion(found, one.labels[0], self._info.num_classes))
+        return record.review(scores)
 
     def preprocess(self) -> Preprocess:
         """What validation does to an image."""
@@ -304,10 +323,10 @@ def scores(table: Tensor) -> dict[str, float]:
     Raises:
         ValueError: no pixel is labelled.
     """
-    right, true, taken = (part.double() for part in (table.diagonal(), table.sum(dim=1), table.sum(dim=0)))
+    right, true = table.diagonal().double(), table.sum(dim=1).double()
     if not true.any():
         raise ValueError("no pixel of the validation set is of a class, so nothing can be scored; check its label maps")
-    iou, accuracy = right / (true + taken - right), right / true  # 0 / 0 is NaN
+    iou, accuracy = by_class(table)
     return {
         "miou": float(iou.nanmean()),
         "macc": float(accuracy.nanmean()),

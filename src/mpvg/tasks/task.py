@@ -72,6 +72,28 @@ class Placed(Prediction, Protocol):
         """The image, of the prediction's size, with what was found in it."""
 
 
+@runtime_checkable
+class Tabular(Prediction, Protocol):
+    """A prediction that is also rows of a table, for programs."""
+
+    columns: ClassVar[tuple[str, ...]]
+    """Names of what a row holds."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was found, one after another, as numbers and text; none where nothing was found."""
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """What a task has beside `Task` if a prediction is some of its classes, the most probable first.
+
+    Such predictions need the logits alone, so those of an exported network are enough.
+    """
+
+    def rank(self, logits: Tensor, top: int) -> list[Prediction]:
+        """The `top` most probable classes of each image, from logits `(B, classes)`."""
+
+
 class Task(Protocol[B]):
     """One kind of problem; built for each run as `Task(config, info, options)`.
 
