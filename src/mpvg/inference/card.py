@@ -12,6 +12,29 @@ from mpvg.validation import printable, shorten
 
 _LISTED = 20  # classes; more are in config.json
 
+_HOW_TO_LOAD = (
+    "## How to load",
+    "",
+    "```python",
+    "import timm, mpvg.models  # the import registers the networks with timm",
+    "",
+    'model = timm.create_model("local-dir:PATH", pretrained=True).eval()',
+    "fast = mpvg.fold(model)  # for inference: the position embeddings become constants",
+    "```",
+    "",
+    "With transformers:",
+    "",
+    "```python",
+    "import mpvg.models",
+    "from transformers import TimmWrapperForImageClassification",
+    "",
+    'model = TimmWrapperForImageClassification.from_pretrained("PATH")',
+    "```",
+    "",
+    "`preprocess.json` says how an image is prepared.",
+    "",
+)
+
 
 def model_card(run: Run, parameters: int, *, which: Which, ema: bool) -> str:
     """The text of README.md.
@@ -44,26 +67,7 @@ def model_card(run: Run, parameters: int, *, which: Which, ema: bool) -> str:
             f"An image classifier with {parameters:,} parameters and layer-wise position embeddings, trained with",
             f"[mpvg](https://arxiv.org/abs/2502.02919): {weights}.",
             "",
-            "## How to load",
-            "",
-            "```python",
-            "import timm, mpvg.models  # the import registers the networks with timm",
-            "",
-            'model = timm.create_model("local-dir:PATH", pretrained=True).eval()',
-            "fast = mpvg.fold(model)  # for inference: the position embeddings become constants",
-            "```",
-            "",
-            "With transformers:",
-            "",
-            "```python",
-            "import mpvg.models",
-            "from transformers import TimmWrapperForImageClassification",
-            "",
-            'model = TimmWrapperForImageClassification.from_pretrained("PATH")',
-            "```",
-            "",
-            "`preprocess.json` says how an image is prepared.",
-            "",
+            *_HOW_TO_LOAD,
             "## Data",
             "",
             f"`{_plain(info.name)}`: {info.train_size:,} training and {info.val_size:,} validation images, as {size}.",
