@@ -22,7 +22,8 @@ from hostile import exif, smooth, with_exif
 from mpvg.cli.main import main
 from mpvg.data.images import read_image
 from mpvg.inference import Predictor, predictor
-from mpvg.inference.backends import OPENERS, Backend, LogitsBackend, RunBackend, open_backend
+from mpvg.inference.backends import RunBackend
+from mpvg.inference.export import export_run
 from mpvg.inference.sources import check_names, find_images
 from mpvg.runs import load
 from mpvg.tasks import Prediction
@@ -116,9 +117,6 @@ def test_orientation_is_the_runs(asked: Predictor, run: Path, tmp_path: Path, tu
     stored = classes(asked.predict(read_image(path, "stored")))
     assert classes(asked.predict(path)) == classes(asked.predict(Image.open(path))) == upright
     assert (upright == stored) == (turn == 1)
-    plain = LogitsBackend(RunBackend(load(run))._model, load(run).task(), "classification", "stored")
-    with torch.inference_mode():
-        assert classes(Predictor(plain).predict(path)) == classes(Predictor(plain).predict(Image.open(path))) == stored
 
 
 def test_images_of_different_sizes_go_in_groups() -> None:
@@ -135,7 +133,7 @@ def test_images_of_different_sizes_go_in_groups() -> None:
 
     shapes: list[tuple[int, ...]] = []
     arrays = [np.zeros((4, width), np.uint8) for width in (5, 5, 6, 5, 7)]
-    sizes: Backend = Sizes()
+    sizes: Any = Sizes()
     found = classes(Predictor(sizes).predict(arrays))
     assert [one[0][0] for one in found] == ["5", "5", "6", "5", "7"]
     assert shapes == [(2, 1, 4, 5), (1, 1, 4, 6), (1, 1, 4, 5), (1, 1, 4, 7)]
@@ -179,28 +177,21 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         Predictor(tmp_path)
     for name in ("batch_size", "top"):
         with pytest.raises(ValueError, match=f"{name} is 0; allowed: a whole number >= 1"):
-            Predictor(run, **{name: 0})  # type: ignore[arg-type]
+            Predictor(run, **{name: 0})
 
 
-def test_another_kind_of_backend_is_opened_by_its_path(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = RunBackend(load(run))
-    export = LogitsBackend(made._model, made.task, "classification")
-    monkeypatch.setattr("mpvg.inference.backends.OPENERS", [lambda path: None, lambda path: export])
-    assert open_backend(tmp_path / "model.onnx") is export
-    assert isinstance(open_backend(run), RunBackend)
-    assert OPENERS == []
-
-
-def test_a_ranking_is_asked_of_a_task_that_ranks() -> None:
-    class NoRanking:
-        def preprocess(self) -> Any:
-            return lambda image: torch.zeros(1, 1, 1)
-
-    backend = LogitsBackend(lambda images: images, NoRanking(), "boxes")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="top is for runs that name the classes of an image, and the task is 'boxes'"):
-        Predictor(backend, top=3).predict(np.zeros((2, 2), np.uint8))
+@pytest.mark.parametrize("kind", ["torch-export", "onnx", "hub-folder"])
+def test_an_export_gives_the_predictions_of_its_run(kind: str, run: Path, photos: Path, tmp_path: Path) -> None:
+    """From its folder or its file, prepared by the values beside it; a photograph has another size and other colors."""
+    out = tmp_path / "export"
+    export_run(load(run), out, kind, which="best")
+    images = sorted(str(path) for path in photos.iterdir())[:3]
+    expected = Predictor(run).predict(images)
+    for source in (out, out / json.loads((out / "preprocess.json").read_text())["file"]):
+        for one, other in zip(Predictor(source).predict(images), expected, strict=True):
+            assert [name for name, _ in one.classes] == [name for name, _ in other.classes]  # type: ignore[attr-defined]
+            pairs = zip(one.classes, other.classes, strict=True)  # type: ignore[attr-defined]
+            assert all(abs(a[1] - b[1]) < 1e-5 for a, b in pairs)
 
 
 # ---- threads
@@ -231,7 +222,7 @@ def test_only_so_many_images_are_read_ahead(asked: Predictor) -> None:
             taken += 1
             yield np.zeros((8, 8), np.uint8)
 
-    stream = asked.stream(images())
+    stream: Any = asked.stream(images())
     next(stream)
     assert taken <= 2 * asked.batch_size + predictor._MAX_READERS
     stream.close()

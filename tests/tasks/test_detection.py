@@ -333,6 +333,15 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
     assert len((tmp_path / "mistakes/predictions.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "mistakes/precision-recall.png").is_file()
     capsys.readouterr()
+    used(whole, scenes, tmp_path, capsys)
+    started = with_init_file(replace(config, network=NetworkConfig(init=str(whole)))).network.init
+    assert started is not None
+    assert (whole / "checkpoints/best").resolve() / "model.safetensors" == Path(started).resolve()
+    assert "best" not in started
+
+
+def used(whole: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is listed, drawn, and predicts."""
     assert main(["runs", str(tmp_path)]) == 0
     assert "box AP" in capsys.readouterr().out
     assert main(["plot", str(whole), "--out", str(tmp_path / "curves.png")]) == 0
@@ -343,10 +352,6 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
         assert drawn.size == (128, 128)
     results = json.loads((tmp_path / "found/000001.png.json").read_text())
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()
-    started = with_init_file(replace(config, network=NetworkConfig(init=str(whole)))).network.init
-    assert started is not None
-    assert (whole / "checkpoints/best").resolve() / "model.safetensors" == Path(started).resolve()
-    assert "best" not in started
 
 
 def test_objects_are_named_and_drawn(data: Data) -> None:

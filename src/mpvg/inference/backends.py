@@ -1,8 +1,5 @@
-"""What computes a predictor's answers: a run's network; the place where other kinds are added."""
+"""What computes a predictor's outputs: a run's network, or an exported one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +9,12 @@ from torch import Tensor, nn
 
 from mpvg import runs
 from mpvg.data.images import Orientation
-from mpvg.data.types import Preprocess
+from mpvg.inference.loading import Exported, load_export
+from mpvg.inference.preprocessing import FILE, make_preprocess
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.tasks import Prediction, Ranking, Task
+from mpvg.tasks.classification import top_classes
 
 TOP = 5
 """Classes of an image that are named where nothing else is asked for."""
@@ -82,30 +81,28 @@ class RunBackend:
         return _ranking(self.task, self.run.config.task).rank(self._model(images), top)
 
 
-@dataclass(frozen=True)
-class LogitsBackend:
-    """A network outside of PyTorch, of a task that ranks classes: a function from a batch to logits."""
+class ExportBackend:
+    """What `mpvg export` wrote, in its own runtime: the classes of an image.
 
-    logits: Callable[[Tensor], Tensor]
-    """From prepared images `(B, C, H, W)`, float32 on the CPU, to `(B, classes)`."""
-    task: Task[Any]
-    """Of the run that the network is from."""
-    name: str
-    """The task's name, for messages."""
-    orientation: Orientation = "exif"
-    batch_size: int = BATCH
+    Args:
+        exported: the network and what is done to an image before it.
+    """
 
-    @cached_property
-    def _prepare(self) -> Preprocess:
-        return self.task.preprocess()
+    def __init__(self, exported: Exported) -> None:
+        self.exported = exported
+        values = exported.preprocessing
+        self.orientation: Orientation = "stored" if values["orientation"] == "stored" else "exif"
+        self.batch_size = BATCH
+        self._preprocess = make_preprocess(values)
+        self._class_names = tuple(map(str, values["class_names"]))
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """See `Backend.preprocess`."""
-        return self._prepare(image)
+        return self._preprocess(image)
 
     def predict(self, images: Tensor, top: int | None) -> list[Prediction]:
         """See `Backend.predict`."""
-        return _ranking(self.task, self.name).rank(self.logits(images), TOP if top is None else top)
+        return list(top_classes(self.exported(images), self._class_names, TOP if top is None else top))
 
 
 def _ranking(task: Task[Any], name: str) -> Ranking:
@@ -114,30 +111,25 @@ def _ranking(task: Task[Any], name: str) -> Ranking:
     return task
 
 
-Opener = Callable[[Path], Backend | None]
-"""Opens what a path names as a backend; None: it is nothing of this kind."""
-OPENERS: list[Opener] = []
-"""Asked in this order about a path that is no run folder: here exports and hub folders are added."""
-
-
 def open_backend(
     source: str | Path, checkpoint: Which = "best", *, ema: bool = False, device: torch.device | str | None = None
 ) -> Backend:
-    """Opens a run folder, or what one of `OPENERS` knows; arguments as `RunBackend`.
+    """Opens a run folder, or what `mpvg export` wrote; arguments as `RunBackend`.
 
     Raises:
         FileNotFoundError: there is nothing there, or no run.
         ValueError: it is a file of weights alone, or it is damaged.
     """
     path = Path(source)
-    if not (path / "config.yaml").is_file():
-        for opener in OPENERS:
-            if (found := opener(path)) is not None:
-                return found
-        if path.is_file():
-            kind = "weights alone" if path.suffix.lower() in _WEIGHTS else "no run folder"
-            raise ValueError(
-                f"{path} is {kind}: it does not say which network, classes and image size it is for; give the run "
-                "folder that `mpvg train` made"
-            )
+    if (path / "config.yaml").is_file():
+        return RunBackend(runs.load(path), checkpoint, ema=ema, device=device)
+    folder = path if path.is_dir() else path.parent
+    if path.exists() and (folder / FILE).is_file():
+        return ExportBackend(load_export(path))
+    if path.is_file():
+        kind = "weights alone" if path.suffix.lower() in _WEIGHTS else "no run folder"
+        raise ValueError(
+            f"{path} is {kind}: it does not say which network, classes and image size it is for; give the run "
+            "folder that `mpvg train` made, or a folder that `mpvg export` made"
+        )
     return RunBackend(runs.load(path), checkpoint, ema=ema, device=device)

@@ -5,6 +5,7 @@ computes `(pixels / 255 - mean) / std`.
 """
 
 import math
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torchvision import transforms
 
-from mpvg.data import denormalize
+from mpvg.data import DataInfo, denormalize
 from mpvg.data.tensors import ResizeAndNormalize
 from mpvg.data.transforms import ToRGB
+from mpvg.data.types import Preprocess
 from mpvg.files import read_regular
 from mpvg.runs import Run
 from mpvg.validation import parse_json, shown
@@ -144,3 +146,32 @@ def _check(values: Any, file: Path) -> None:
         raise ValueError(f"{file}: mean_image has another size than the images; {again}")
     if "/" in values["file"] or values["file"].startswith("."):
         raise ValueError(f"{file}: file is {shown(values['file'])}; allowed: the name of a file beside it; {again}")
+
+
+def make_preprocess(values: Mapping[str, Any]) -> Preprocess:
+    """What the values do to an image, as a function: the same as the run's own.
+
+    Args:
+        values: as `preprocessing` gives them.
+    """
+    pixels = values.get("mean_image")
+    info = DataInfo(
+        name="export",
+        class_names=tuple(values["class_names"]),
+        in_chans=values["channels"],
+        img_size=values["height"],
+        mean=tuple(values["mean"]),
+        std=tuple(values["std"]),
+        train_size=0,
+        val_size=0,
+        mean_image=None if pixels is None else tuple(pixels),
+    )
+    if values["resize"] == "square":
+        return ResizeAndNormalize(info)
+    steps = [
+        transforms.Resize(values["resize_to"], transforms.InterpolationMode(values["interpolation"])),
+        transforms.CenterCrop(values["crop"]),
+        transforms.ToTensor(),
+        transforms.Normalize(info.mean, info.std),
+    ]
+    return ToRGB(transforms.Compose(steps))
