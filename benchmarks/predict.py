@@ -37,7 +37,6 @@ from mpvg.cli.main import main as mpvg
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.data.images import read_image
-from mpvg.inference import Predictor
 from mpvg.inference.backends import BATCH, RunBackend
 from mpvg.runs import create_run, load
 from mpvg.runs.checkpoints import Checkpoint, save_checkpoint
@@ -94,14 +93,15 @@ def measure(count: int, rounds: int, model: str) -> dict[str, Any]:
         make_images(folder, count)
         backend = make_backend(make_run(Path(root) / "run", model))
         files = sorted(folder.iterdir())
-        for _ in Predictor(backend).stream(files[: max(BATCH, count // 10)]):  # warms up, too
-            pass
+        few = [str(file) for file in files[: max(2 * BATCH, count // 10)]]
+        command = ["predict", str(Path(root) / "run"), "--checkpoint", "last", "--jsonl"]
+        mpvg([*command, str(Path(root) / "few.jsonl"), *few])  # warms up, too
         first, found = peak(), []
         for number in range(rounds):
             decode, forward = apart(backend, files)
             begin = time.perf_counter()
             out = Path(root) / f"{number}.jsonl"
-            if mpvg(["predict", str(Path(root) / "run"), str(folder), "--checkpoint", "last", "--jsonl", str(out)]):
+            if mpvg([*command, str(out), str(folder)]):
                 raise SystemExit("mpvg predict failed")
             seconds = time.perf_counter() - begin
             if len(out.read_text(encoding="utf-8").splitlines()) != count:

@@ -297,6 +297,16 @@ def die_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         main(arguments)
 
 
+def tells_of_mistakes(run: Path, out: Path, box_ap: float) -> None:
+    assert main(["evaluate", str(run), "--out", str(out)]) == 0
+    told = json.loads((out / "results.json").read_text())
+    assert told["metrics"]["box_ap"] == box_ap
+    known = [row[1] for row in told["tables"]["classes"]["rows"] if row[1] is not None]
+    assert sum(known) / len(known) == pytest.approx(box_ap)
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 4
+    assert (out / "precision-recall.png").is_file()
+
+
 def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
     config: RunConfig, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,13 +335,7 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
     assert main(["evaluate", str(whole)]) == 0
     last = load(whole).metrics()[-1]
     assert f"box AP {100 * last['box_ap']:.2f} %" in capsys.readouterr().out
-    assert main(["evaluate", str(whole), "--out", str(tmp_path / "mistakes")]) == 0
-    told = json.loads((tmp_path / "mistakes/results.json").read_text())
-    assert told["metrics"]["box_ap"] == last["box_ap"]
-    known = [row[1] for row in told["tables"]["classes"]["rows"] if row[1] is not None]
-    assert sum(known) / len(known) == pytest.approx(last["box_ap"])
-    assert len((tmp_path / "mistakes/predictions.jsonl").read_text().splitlines()) == 4
-    assert (tmp_path / "mistakes/precision-recall.png").is_file()
+    tells_of_mistakes(whole, tmp_path / "mistakes", last["box_ap"])
     capsys.readouterr()
     used(whole, scenes, tmp_path, capsys)
     started = with_init_file(replace(config, network=NetworkConfig(init=str(whole)))).network.init

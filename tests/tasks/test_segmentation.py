@@ -146,6 +146,20 @@ def test_what_cannot_be_scored_is_refused() -> None:
         task().evaluate(Colors(), Listed())
 
 
+def test_mistakes_have_the_scores_of_the_evaluation() -> None:
+    images = torch.from_numpy(RNG.normal(size=(3, 3, 64, 64))).float()
+    labels = [torch.from_numpy(RNG.integers(0, 4, size)).byte() for size in ((64, 64), (50, 40), (20, 30))]
+    labels[0][:5] = 255
+    batch = LabelBatch(images, labels, [(64, 64)] * 3)
+    made: Any = task(config(sliding=False))
+    review = made.review(Colors(), Listed(batch))
+    assert review.evaluation == made.evaluate(Colors(), Listed(batch))
+    assert sorted(one.index for one in review.examples) == [0, 1, 2]
+    assert len(review.predictions) == 3
+    with pytest.raises(ValueError, match="no image could be evaluated"):
+        made.review(Colors(), Listed())
+
+
 def test_labels_beyond_the_classes_stop_training_and_evaluation(tmp_path: Path) -> None:
     root = write_ade20k(tmp_path / "data", classes=4)
     (root / "classes.txt").write_text("a\nb\nc\n")

@@ -161,7 +161,9 @@ def _read(file: File) -> tuple[bytes, bytes]:
 
 def _decode(data: bytes, exif: bytes, orientation: Orientation) -> Image.Image:
     with _warnings.strict(), _open(data) as image:
-        return as_read(image, orientation, exif)
+        picture = as_read(image, orientation, exif)
+    picture.info.pop("exif", None)  # or a reader of this picture would turn it once more
+    return picture
 
 
 def as_read(image: Image.Image, orientation: Orientation = "exif", exif: bytes = b"") -> Image.Image:
@@ -182,7 +184,11 @@ def as_read(image: Image.Image, orientation: Orientation = "exif", exif: bytes =
     if rgb.mode != "RGB":  # it would be copied
         rgb = rgb.convert("RGB")
     found = find_orientation(exif or image.info.get("exif", b""))
-    return rgb.transpose(_TURNS[found][0]) if orientation == "exif" and found in _TURNS else rgb
+    if orientation == "stored" or found not in _TURNS:
+        return rgb
+    turned = rgb.transpose(_TURNS[found][0])
+    turned.info.pop("exif", None)
+    return turned
 
 
 class _Warnings:
