@@ -485,14 +485,3 @@ def test_the_description_of_the_data_is_read_again(make_config: MakeConfig, tmp_
     file.write_text(json.dumps(dataclasses.asdict(info) | {"category_ids": [1]}))
     with pytest.raises(ValueError, match="category_ids are 1; allowed: one for each class, or none"):
         read_info(file)
-
-
-def test_the_docs_report_the_record() -> None:
-    root = Path(__file__).parents[2]
-    text = (root / "docs" / "scenes.md").read_text()
-    record = json.loads((root / "benchmarks" / "records" / "coco_annotations.json").read_text())
-    ours, theirs = record["results"]
-    megabytes = re.findall(r"([\d,]+) MB\b", text)
-    values = (record["json_megabytes"], ours["peak"], ours["worker"], theirs["peak"], theirs["worker"])
-    assert megabytes == [f"{value:.0f}" for value in values]
-    assert f"{record['images']:,} images, {record['annotations']:,} annotations" in text

@@ -200,4 +200,6 @@ def test_the_arms_of_ready_studies_are_called_as_in_the_paper() -> None:
         if study.table is not None:
             assert printed_tables()[study.table].rows.keys() <= {arm.label for arm in study.arms}, study.name
             columns = printed_tables()[study.table].columns
+            if study.name == "table3":  # whose columns are two metrics of one network
+                columns = columns[:1]
             assert [s.label for s in study.scales.get("paper", ())] == list(columns), study.name

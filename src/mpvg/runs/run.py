@@ -70,9 +70,8 @@ class Run:
         return model.eval()
 
     def weights_file(self, which: Which = "last", *, ema: bool = False) -> Path:
-        """The file of a checkpoint's weights, in the folder of its step; arguments and errors as `model`."""
-        # The folder of the step, not the pointer: that may point to another step later.
-        folder = self.path / "checkpoints" / self._checkpoint_folder(which).resolve().name
+        """The file of a checkpoint's weights; arguments and errors as `model`."""
+        folder = self._checkpoint_folder(which)
         file = folder / ("ema.safetensors" if ema else "model.safetensors")
         verify(folder, [file.name])
         if not file.is_file():

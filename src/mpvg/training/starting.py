@@ -19,4 +19,6 @@ def with_init_file(config: RunConfig) -> RunConfig:
         return config
     run = load(given)
     file = run.weights_file("best", ema=run.config.ema_selects)
+    # In the folder of the step, not through the pointer: that may point to another step later.
+    file = run.path / "checkpoints" / file.parent.resolve().name / file.name
     return replace(config, network=replace(config.network, init=str(file)))
