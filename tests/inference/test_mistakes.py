@@ -187,7 +187,7 @@ def test_objects_are_found_missed_or_false() -> None:
 def test_names_are_those_of_the_images_that_were_read() -> None:
     batches: Any = Batches()
     assert sample_names(batches, 39) == [f"<img {n}>" for n in range(40) if n != 5]
-    assert sample_names(SimpleNamespace(skipped=0), 3) == [None] * 3  # type: ignore[arg-type]
+    assert sample_names(SimpleNamespace(skipped=0), 3) == [None] * 3
 
 
 def test_the_files_are_there_and_agree(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,4 +296,4 @@ def test_nothing_is_left_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_task_that_does_not_tell_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'center' has no `review`; leave it out"):
-        reviewing(SimpleNamespace(), "center")  # type: ignore[arg-type]
+        reviewing(SimpleNamespace(), "center")

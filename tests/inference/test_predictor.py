@@ -20,7 +20,7 @@ from torch import Tensor
 import mpvg
 from hostile import exif, smooth, with_exif
 from mpvg.cli.main import main
-from mpvg.data.images import read_image
+from mpvg.data.images import Orientation, read_image
 from mpvg.inference import Predictor, predictor
 from mpvg.inference.backends import OPENERS, Backend, LogitsBackend, RunBackend, open_backend
 from mpvg.inference.sources import check_names, find_images
@@ -123,7 +123,7 @@ def test_orientation_is_the_runs(asked: Predictor, run: Path, tmp_path: Path, tu
 
 def test_images_of_different_sizes_go_in_groups() -> None:
     class Sizes:
-        orientation = "exif"
+        orientation: Orientation = "exif"
         batch_size = 3
 
         def preprocess(self, image: Image.Image) -> Tensor:
@@ -179,7 +179,7 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
         Predictor(tmp_path)
     for name in ("batch_size", "top"):
         with pytest.raises(ValueError, match=f"{name} is 0; allowed: a whole number >= 1"):
-            Predictor(run, **{name: 0})  # type: ignore[arg-type]
+            Predictor(run, **{name: 0})
 
 
 def test_another_kind_of_backend_is_opened_by_its_path(
@@ -198,7 +198,7 @@ def test_a_ranking_is_asked_of_a_task_that_ranks() -> None:
         def preprocess(self) -> Any:
             return lambda image: torch.zeros(1, 1, 1)
 
-    backend = LogitsBackend(lambda images: images, NoRanking(), "boxes")  # type: ignore[arg-type]
+    backend = LogitsBackend(lambda images: images, NoRanking(), "boxes")
     with pytest.raises(ValueError, match="top is for runs that name the classes of an image, and the task is 'boxes'"):
         Predictor(backend, top=3).predict(np.zeros((2, 2), np.uint8))
 

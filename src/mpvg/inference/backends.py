@@ -82,7 +82,7 @@ class RunBackend:
         return _ranking(self.task, self.run.config.task).rank(self._model(images), top)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogitsBackend:
     """A network outside of PyTorch, of a task that ranks classes: a function from a batch to logits."""
 
