@@ -20,7 +20,7 @@ from torch import Tensor
 import mpvg
 from hostile import exif, smooth, with_exif
 from mpvg.cli.main import main
-from mpvg.data.images import read_image
+from mpvg.data.images import Orientation, read_image
 from mpvg.inference import Predictor, predictor
 from mpvg.inference.backends import RunBackend
 from mpvg.inference.export import export_run
@@ -121,7 +121,7 @@ def test_orientation_is_the_runs(asked: Predictor, run: Path, tmp_path: Path, tu
 
 def test_images_of_different_sizes_go_in_groups() -> None:
     class Sizes:
-        orientation = "exif"
+        orientation: Orientation = "exif"
         batch_size = 3
 
         def preprocess(self, image: Image.Image) -> Tensor:
@@ -159,7 +159,7 @@ def test_images_of_different_sizes_go_in_groups() -> None:
         ("missing.png", r"image missing\.png cannot be read \(FileNotFoundError"),
         (Image.new("F", (8, 8)), "the image cannot be read .*floating-point values"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_has_no_known_meaning_is_refused(asked: Predictor, images: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -108,7 +108,7 @@ class Predictor:
             found.append(outcome.prediction)
         return found
 
-    def stream(self, images: Iterable[Picture], *, keep: bool = False) -> Iterator[Outcome]:
+    def stream(self, images: Iterable[Picture], *, keep: bool = False) -> Generator[Outcome, None, None]:
         """The same for any number of images, one after another, in memory that does not grow with their number.
 
         Images are read ahead in threads, so that decoding overlaps the network's work.
