@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = (
     *("README.md", "docs/results.md", "docs/cost.md", "docs/scale.md"),
-    *("docs/input.md", "docs/analysis.md", "docs/scenes.md"),
+    *("docs/input.md", "docs/analysis.md", "docs/scenes.md", "docs/dense.md"),
 )
 """Where figures stand that were measured."""
 NUMBER = r"[-+]?\d(?:[\d,]*\d)?(?:\.\d+)?"
