@@ -75,7 +75,7 @@ def write_hub_folder(model: nn.Module, folder: Path, preprocessing: dict[str, An
             "crop_mode": "squash" if square else "center",
         },
     )
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # transformers gives timm.create_model this number as well, from the config itself, as timm's own loader does.
     config.get("model_args", {}).pop("num_classes", None)
     write_json(folder / CONFIG, config)
