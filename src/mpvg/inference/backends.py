@@ -25,7 +25,7 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".pkl")
 
 @runtime_checkable
 class Backend(Protocol):
-    """Something trained that answers about prepared images."""
+    """Something trained that gives predictions for prepared images."""
 
     orientation: Orientation
     """Whether pictures are turned as their EXIF data say, as in training."""
