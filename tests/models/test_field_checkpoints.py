@@ -608,3 +608,13 @@ def test_a_name_in_a_file_is_one_short_line_in_a_message(name: str, suffix: str,
             load_checkpoint(model, path)
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 2000
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (1, 64), (1, 1, 1, 64)])
+def test_a_leading_token_of_another_kind_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Found by fuzzing: the number of leading tokens was read from a shape that did not have it."""
+    model = create_model("vit_mini_patch2_8", "default", num_classes=5, in_chans=1)
+    state = model.state_dict() | {"cls_token": torch.ones(shape)}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="cls_token is"):
+        create_model("vit_mini_patch2_8", "mpvg", num_classes=5, in_chans=1, checkpoint_path=tmp_path / "weights.pth")

@@ -190,7 +190,11 @@ class CheckpointAdapter:
 
     def _split_rows(self, key: str, rows: int, grid: Grid) -> tuple[int, Grid]:
         """The number of leading rows of a PE that are not patches, and the grid of the others."""
-        tokens = sum(self.tensors[name].shape[1] for name in _LEADING if name in self.tensors)
+        leading = {name: self.tensors[name].shape for name in _LEADING if name in self.tensors}
+        for name, shape in leading.items():
+            if len(shape) != 3:
+                raise ValueError(f"{name} is {tuple(shape)}; allowed: (1, tokens, width)")
+        tokens = sum(shape[1] for shape in leading.values())
         # The PE has a row for every leading token or, with timm's `no_embed_class`, for none.
         order = (0, tokens) if getattr(self.model, "no_embed_class", False) else (tokens, 0)
         counts = {prefix: rows - prefix for prefix in dict.fromkeys(order) if rows > prefix}
