@@ -7,9 +7,11 @@ PYTEST_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-# Tests that load ONNX Runtime and OpenVINO have processes of their own: a process that had them was killed later on, when
-# it trained networks.
+# These have processes of their own: a test process that had loaded ONNX Runtime and OpenVINO was killed later on, when it
+# trained networks.
+APART := tests/training
 RUNTIMES := tests/inference tests/test_examples.py
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup test lint format mutants demo study dense-demo export-matrix results clean
 .DEFAULT_GOAL := help
@@ -20,8 +22,9 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 
 test: lint ## all checks: lint, format, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix --ignore ,$(RUNTIMES)) $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(RUNTIMES) $(PYTEST_ARGS)
+	$(PYTEST) $(addprefix --ignore ,$(APART) $(RUNTIMES)) $(PYTEST_ARGS)
+	$(PYTEST) $(RUNTIMES) $(PYTEST_ARGS)
+	$(PYTEST) $(APART) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## all checks but the tests
 	$(VENV)/bin/ruff check .
