@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,6 +129,24 @@ def atomic_write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder under a temporary name, which gets its own when all went well, and is removed otherwise.
+
+    It takes the place of an empty folder.
+    """
+    temporary, done = temp_path(path), False
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(path)
+        done = True
+    finally:
+        if not done:
+            with contextlib.suppress(OSError):
+                remove(temporary)
 
 
 def temp_path(path: Path) -> Path:

@@ -55,15 +55,16 @@ def _score(
     """Evaluates a model and, if asked for, writes its mistakes; returns the scores as a line."""
     from mpvg.tasks import describe_metrics
 
-    task, data = run.task(), None if given.recipe else given.data
-    if out is None:
-        validation = run.validation(device, data=data, batch_size=given.batch_size)
-        found = task.evaluate(model, validation)
-    else:
+    task = run.task()
+    if out is not None:
         from mpvg.inference.mistakes import reviewing, write_mistakes
 
-        tells = reviewing(task, run.config.task)
-        validation = run.validation(device, data=data, batch_size=given.batch_size)
+        tells = reviewing(task, run.config.task)  # refused before anything is read
+    data = None if given.recipe else given.data
+    validation = run.validation(device, data=data, batch_size=given.batch_size)
+    if out is None:
+        found = task.evaluate(model, validation)
+    else:
         title = f"The mistakes of {Path(given.run).name} on {given.data or run.config.data}"
         found = write_mistakes(out, tells, model, validation, title=printable(title), weights=which).evaluation
     skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""

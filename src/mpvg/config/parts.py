@@ -5,6 +5,9 @@ from typing import Literal
 
 from mpvg.validation import check, check_choices
 
+Pooling = Literal["method", "max", "attention", "mean_norm", "token_and_mean"]
+"""What a ViT reads out; see `NetworkConfig.pooling`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
@@ -21,7 +24,7 @@ class NetworkConfig:
     weights; 'pretrained': timm's own weights."""
     readout: Literal["keep", "method"] = "keep"
     """For timm/<name>: keep the network's own read-out, or use the method's."""
-    pooling: Literal["method", "max", "attention", "mean_norm", "token_and_mean"] = "method"
+    pooling: Pooling = "method"
     """ViT: what is read out. method: the mean or the class token, as the method says. In place of the mean: the max
     over patches, timm's attention pooling, or mean_norm, an LN after the mean too; in place of the class token:
     token_and_mean, the mean of the two."""

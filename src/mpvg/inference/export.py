@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpvg.files import cannot_write, remove, temp_path, write_json
+from mpvg.files import cannot_write, whole_folder, write_json
 from mpvg.inference import preprocessing as prepared
 from mpvg.inference.card import model_card
 from mpvg.inference.hub import WEIGHTS, write_hub_folder
@@ -139,26 +139,18 @@ def new_folder(out: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     missing = [parent for parent in out.parents if not parent.exists()]
-    temporary = temp_path(out)
-    done = False
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if os.path.lexists(out):  # rename would replace an empty folder
-            raise FileExistsError(f"{out} exists already; give another --out")
-        temporary.rename(out)
-        done = True
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise cannot_write(out, error) if error.strerror else error from error
-    finally:
-        if not done:
+        with whole_folder(out) as folder:
+            yield folder
+            if os.path.lexists(out):  # an empty folder would be replaced
+                raise FileExistsError(f"{out} exists already; give another --out")
+    except BaseException as error:
+        for parent in missing:
             with suppress(OSError):
-                remove(temporary)
-            for parent in missing:
-                with suppress(OSError):
-                    parent.rmdir()
+                parent.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, FileExistsError) and error.strerror:
+            raise cannot_write(out, error) from error
+        raise
 
 
 def _images(run: Run) -> tuple[Tensor, str]:

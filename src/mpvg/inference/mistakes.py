@@ -9,7 +9,6 @@ DIR/predictions.jsonl    a line for each image: its name, where it has one, and 
 
 import io
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from mpvg.data.types import Batches, NamedSamples
-from mpvg.files import atomic_text, atomic_write, csv_text, temp_path, write_json
+from mpvg.files import atomic_text, atomic_write, csv_text, whole_folder, write_json
 from mpvg.pages import embedded, figure, fill, table
 from mpvg.runs.environment import commit, environment, hardware
 from mpvg.tasks import Review, Reviewing, Task
@@ -77,14 +76,8 @@ def write_mistakes(
     check_output(out)
     review = task.review(model, batches)
     names = sample_names(batches, review.evaluation.images)
-    folder = temp_path(out.absolute())
-    folder.mkdir()
-    try:
+    with whole_folder(out.absolute()) as folder:
         _write(folder, review, names, title=title, weights=weights, skipped=batches.skipped)
-        folder.rename(out)  # also in place of an empty folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return review
 
 

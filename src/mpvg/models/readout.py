@@ -1,17 +1,15 @@
 """Read-outs beside the method's own: what comes between the Last LN, with what it receives, and the head."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-Pooling = Literal["method", "max", "attention", "mean_norm", "token_and_mean"]
-"""`method`: the mean or the class token, as the method says. In place of the mean: `max`, over patches; `attention`,
-timm's attention pooling; `mean_norm`, an LN after the mean too (the Last LN, to which the PE is delivered, stays).
-In place of the class token: `token_and_mean`, the mean of it and of the mean over patches."""
+from mpvg.config.parts import Pooling
 
-_INSTEAD_OF = {"max": "avg", "attention": "avg", "mean_norm": "avg", "token_and_mean": "token"}
+_INSTEAD_OF: dict[str, str] = {"max": "avg", "attention": "avg", "mean_norm": "avg", "token_and_mean": "token"}
+"""Pooling -> what of the method it replaces. After `mean_norm`, the Last LN, to which the PE is delivered, stays."""
 
 
 class TokenAndMean(nn.Module):

@@ -8,9 +8,10 @@ from timm.layers import to_2tuple
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from mpvg.config.parts import Pooling
 from mpvg.models.checkpoints import adapt_state_dict
 from mpvg.models.fold import fold
-from mpvg.models.readout import Pooling, set_pooling
+from mpvg.models.readout import set_pooling
 
 default_cfgs: dict[str, Any] = {}
 """Configurations of the registered models; timm looks them up under this name."""

@@ -13,8 +13,8 @@ from mpvg.config import RunConfig
 from mpvg.data import Batches, DataInfo
 from mpvg.data.scenes import DetectionSizes, SceneBatch, TestScene, detection_pipeline, pad_images
 from mpvg.data.types import Pipeline, Preprocess, Split
-from mpvg.models.dense import create_adapter
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
+from mpvg.tasks.backbone import check_dense_network, dense_backbone
 from mpvg.tasks.coco_metrics import average_precision, check_objects, evaluator, truth_record
 from mpvg.tasks.detection_review import DetectionRecord
 from mpvg.tasks.detections import Detections
@@ -70,7 +70,7 @@ class DetectionTask:
     def __init__(self, config: RunConfig, info: DataInfo, options: DetectionOptions) -> None:
         if not info.class_names:
             raise ValueError(f"{info.name} has no classes, so there is nothing to detect; give data in COCO's layout")
-        _check_network(config)
+        check_dense_network(config, "which is for image classification")
         self._config, self._info, self._options = config, info, options
         self._category_ids = info.category_ids or tuple(range(1, info.num_classes + 1))
 
@@ -83,17 +83,9 @@ class DetectionTask:
 
     def build_model(self, *, init: bool) -> nn.Module:
         """Mask R-CNN around a network of `mpvg.models.dense.ADAPTERS`; see `Task`."""
-        network, options = self._config.network, self._options
-        body = create_adapter(
-            self._config.model,
-            self._config.method,
-            forward="detection",
-            checkpoint_path=network.init if init else None,
-            drop_path_rate=network.drop_path,
-            pos_std=network.pos_std,
-        )
+        options = self._options
         return MaskRCNN(
-            body,
+            dense_backbone(self._config, self._info, "detection", init=init),
             self._info.num_classes,
             anchor_sizes=options.anchor_sizes,
             channels=options.channels,
@@ -183,15 +175,6 @@ class DetectionTask:
             class_names=self._info.class_names,
             category_ids=self._category_ids,
         )
-
-
-def _check_network(config: RunConfig) -> None:
-    """Refuses what of `network` is for classification."""
-    network = config.network
-    for name, usual in (("readout", "keep"), ("start", "fresh"), ("img_size", None)):
-        if (value := getattr(network, name)) != usual:
-            where = "; image sizes are in task_options" if name == "img_size" else ""
-            raise ValueError(f"network.{name} is {value!r}, which is for image classification; leave it out{where}")
 
 
 def _is_first(accelerator: Accelerator | None) -> bool:

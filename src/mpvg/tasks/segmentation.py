@@ -20,9 +20,9 @@ from mpvg.data.ade20k import IGNORED
 from mpvg.data.label_maps import LabelBatch, SegmentationSizes, TestLabelMap, segmentation_pipeline, slide
 from mpvg.data.scenes import DIVISOR
 from mpvg.data.types import Pipeline, Preprocess, Split
-from mpvg.models.dense import create_adapter
 from mpvg.models.dense.upernet import UperNet, resized
 from mpvg.overlays import colored_png, draw_labels
+from mpvg.tasks.backbone import check_dense_network, dense_backbone
 from mpvg.tasks.review import Review
 from mpvg.tasks.segmentation_review import SegmentationRecord, by_class
 from mpvg.tasks.task import Evaluation, Metric, Prediction
@@ -151,24 +151,10 @@ class SegmentationTask:
 
     def build_model(self, *, init: bool) -> nn.Module:
         """UperNet around the dense network that `model` names; see `Task`."""
-        network, options = self._config.network, self._options
-        given = {"readout": network.readout != "keep", "start": network.start != "fresh"}
-        given["img_size"] = network.img_size is not None
-        for name in (name for name, is_given in given.items() if is_given):
-            raise ValueError(
-                f"network.{name} is {getattr(network, name)!r}, which segmentation does not have; leave it out"
-            )
-        backbone = create_adapter(
-            self._config.model,
-            self._config.method,
-            forward="segmentation",
-            checkpoint_path=network.init if init else None,
-            drop_path_rate=network.drop_path,
-            pos_std=network.pos_std,
-            in_chans=self._info.in_chans,
-        )
+        options = self._options
+        check_dense_network(self._config, "which segmentation does not have")
         return UperNet(
-            backbone,
+            dense_backbone(self._config, self._info, "segmentation", init=init),
             self._info.num_classes,
             channels=options.channels,
             auxiliary_channels=options.auxiliary_channels,

@@ -1,0 +1,47 @@
+"""What detection and segmentation share: the dense network that a run's config names."""
+
+from mpvg.config import RunConfig
+from mpvg.data import DataInfo
+from mpvg.models.dense import create_adapter
+from mpvg.models.dense.trunk import DenseBackbone, Forward
+
+
+def check_dense_network(config: RunConfig, reason: str) -> None:
+    """Refuses the fields of `network` that only image classification has.
+
+    Args:
+        config: of the run.
+        reason: why, as the end of the sentence "network.readout is 'method', ...".
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    network = config.network
+    for name, usual in (("readout", "keep"), ("start", "fresh"), ("img_size", None)):
+        if (value := getattr(network, name)) != usual:
+            where = "; image sizes are in task_options" if name == "img_size" else ""
+            raise ValueError(f"network.{name} is {value!r}, {reason}; leave it out{where}")
+
+
+def dense_backbone(config: RunConfig, info: DataInfo, forward: Forward, *, init: bool) -> DenseBackbone:
+    """The network of `mpvg.models.dense.ADAPTERS` that `model` names.
+
+    Args:
+        config: of the run.
+        info: of its data.
+        forward: the task, as `create_adapter` takes it.
+        init: whether it gets the weights that training starts from; see `Task.build_model`.
+
+    Raises:
+        As `create_adapter`.
+    """
+    network = config.network
+    return create_adapter(
+        config.model,
+        config.method,
+        forward=forward,
+        checkpoint_path=network.init if init else None,
+        drop_path_rate=network.drop_path,
+        pos_std=network.pos_std,
+        in_chans=info.in_chans,
+    )
