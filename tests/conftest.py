@@ -23,7 +23,12 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+LONG = ("test_kill", "test_restart", "test_graphs", "test_contract", "test_runner", "test_demo", "test_claims")
+"""Files that take long although they have few tests: they come first, so that no process is left with one at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)  # a stable sort
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from mpvg import runs
 from mpvg.cli.main import main
 from mpvg.files import temp_path
 from mpvg.runs.lock import RunLockedError
-from mpvg.study.folder import make_folder, open_folder
+from mpvg.study.folder import StudyFolder, make_folder, open_folder
 from mpvg.study.ledger import Row, read_ledger
 from mpvg.study.plan import Study, parse_study
 from mpvg.study.replay import choose_row, replay
@@ -38,6 +39,31 @@ def worker(path: Path) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=work, args=(path,))
     process.start()
     return process
+
+
+@pytest.fixture(scope="module")
+def three_workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, list[int | None]]:
+    """A study of nine runs that three workers did together, and how each of them ended."""
+    study = parse_study(TEXT.encode(), "mini.yaml")
+    folder = make_folder(tmp_path_factory.mktemp("study") / "out", study, "tiny", seeds=3)
+    processes = [worker(folder.path) for _ in range(3)]
+    for process in processes:
+        process.join(120)
+    return folder, [process.exitcode for process in processes]
+
+
+@pytest.fixture
+def done(three_workers: tuple[StudyFolder, list[int | None]], tmp_path: Path) -> StudyFolder:
+    """A copy of that study."""
+    return open_folder(Path(shutil.copytree(three_workers[0].path, tmp_path / "out")))
+
+
+def forget(folder: StudyFolder, number: int) -> None:
+    """Removes the last rows and their runs."""
+    for row in folder.rows()[-number:]:
+        shutil.rmtree(folder.path / row.run)
+    lines = folder.ledger.read_text().splitlines(keepends=True)
+    folder.ledger.write_text("".join(lines[:-number]))
 
 
 def test_workers_that_are_killed_again_and_again_lose_and_double_nothing(study: Study, tmp_path: Path) -> None:
@@ -61,31 +87,28 @@ def test_workers_that_are_killed_again_and_again_lose_and_double_nothing(study: 
         assert {name: summary[name] for name in row.metrics} == row.metrics
 
 
-def test_workers_of_two_commands_share_the_work(study: Study, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "out", study, "tiny", seeds=3)
-    processes = [worker(folder.path) for _ in range(3)]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+def test_workers_of_two_commands_share_the_work(three_workers: tuple[StudyFolder, list[int | None]]) -> None:
+    folder, codes = three_workers
+    assert codes == [0, 0, 0]
     assert sorted(row.key for row in folder.rows()) == sorted(cell.key for cell in folder.cells())
     assert not any((folder.path / "claims").iterdir())
 
 
 def test_the_command_ends_with_tables_and_does_nothing_twice(
-    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: StudyFolder, study_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    command = ["study", str(study_file), "--out", str(out), "--workers", "1"]
+    forget(done, 2)
+    command = ["study", str(study_file), "--out", str(done.path), "--workers", "1"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "6 of 6 runs are missing; 1 at a time" in printed
+    assert "2 of 9 runs are missing; 1 at a time" in printed
     assert "digits: PVG - GAP: nll" in printed
-    assert {file.name for file in out.glob("*.*")} == {
+    assert {file.name for file in done.path.glob("*.*")} == {
         *("study.yaml", "ledger.jsonl", "table.md", "table.tex", "table.html", "table.csv", "results.json", "bars.svg")
     }
-    content = (out / "ledger.jsonl").read_bytes()
+    content = done.ledger.read_bytes()
     assert main(command) == 0
-    assert (out / "ledger.jsonl").read_bytes() == content
+    assert done.ledger.read_bytes() == content
 
 
 def test_a_claimed_run_is_left_to_its_worker(study: Study, tmp_path: Path) -> None:
@@ -144,24 +167,20 @@ def test_another_run_in_the_place_of_one_of_the_study_is_refused(study: Study, t
         run_cell(folder, pvg)
 
 
-def test_a_row_is_run_again_to_the_bit(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_folder(tmp_path / "out", study, "tiny", seeds=1)
-    work(folder.path)
-    assert main(["replay", str(folder.ledger), "--row", "2"]) == 0
+def test_a_row_is_run_again_to_the_bit(done: StudyFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(done.ledger), "--row", "2"]) == 0
     assert "the weights are the same to the bit" in capsys.readouterr().out
-    text = folder.ledger.read_text().replace(folder.rows()[1].weights or "", "0" * 64)
-    folder.ledger.write_text(text)
-    assert main(["replay", str(folder.ledger), "--row", "2"]) == 1
+    text = done.ledger.read_text().replace(done.rows()[1].weights or "", "0" * 64)
+    done.ledger.write_text(text)
+    assert main(["replay", str(done.ledger), "--row", "2"]) == 1
     assert "the weights differ, although torch and the hardware are the row's" in capsys.readouterr().out
-    assert main(["replay", str(folder.ledger), "--row", "9"]) == 2
-    assert "--row is 9; allowed: 1 to 3" in capsys.readouterr().err
+    assert main(["replay", str(done.ledger), "--row", "99"]) == 2
+    assert "--row is 99; allowed: 1 to 9" in capsys.readouterr().err
 
 
-def test_elsewhere_a_row_is_compared_with_its_arms_other_seeds(study: Study, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "out", study, "tiny", seeds=3)
-    work(folder.path)
-    folder.ledger.write_text(folder.ledger.read_text().replace('"hardware": "', '"hardware": "other, '))
-    row, others = choose_row(folder.ledger, 1)
+def test_elsewhere_a_row_is_compared_with_its_arms_other_seeds(done: StudyFolder, tmp_path: Path) -> None:
+    done.ledger.write_text(done.ledger.read_text().replace('"hardware": "', '"hardware": "other, '))
+    row, others = choose_row(done.ledger, 1)
     assert [other.arm for other in others] == [row.arm] * 2
     found = replay(row, others, tmp_path / "again", tmp_path)
     assert found.agrees
@@ -217,14 +236,16 @@ def test_a_study_that_was_killed_while_its_plan_was_written_starts_anew(study: S
     assert make_folder(out, study, "tiny").missing()
 
 
-def test_a_pilot_shows_no_arms_result(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    command = ["study", str(study_file), "--out", str(out), "--workers", "1", "--seeds", "2", "--pilot"]
+def test_a_pilot_shows_no_arms_result(
+    done: StudyFolder, study_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forget(done, 1)
+    command = ["study", str(study_file), "--out", str(done.path), "--workers", "1", "--seeds", "3", "--pilot"]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "6/6 done" in printed
+    assert "9/9 done" in printed
     assert "seeds" in printed
-    for row in read_ledger(out / "ledger.jsonl"):
+    for row in done.rows():
         for value in row.metrics.values():
             assert f"{value:.4f}" not in printed
             assert f"{100 * value:.2f}" not in printed

@@ -62,10 +62,13 @@ class StudyFolder:
                 found[cell.setting, cell.arm] = str(error)
         return found
 
+    def planned(self) -> list[Cell]:
+        """The runs of the plan, also those that a network cannot do."""
+        return make_cells(self.study, self.scale, self.path, seeds=self.seeds, data=self.data)
+
     def cells(self) -> list[Cell]:
         """The runs of the study, without those that a network cannot do."""
-        cells = make_cells(self.study, self.scale, self.path, seeds=self.seeds, data=self.data)
-        return [cell for cell in cells if (cell.setting, cell.arm) not in self.refused]
+        return [cell for cell in self.planned() if (cell.setting, cell.arm) not in self.refused]
 
     def rows(self) -> list[Row]:
         """The finished runs.
@@ -74,7 +77,7 @@ class StudyFolder:
             ValueError: the ledger is damaged, or a row is of another study or of another config than the plan's.
         """
         rows = read_ledger(self.ledger)
-        planned = {cell.key: cell.config.digest() for cell in self.cells()}
+        planned = {cell.key: cell.config.digest() for cell in self.planned()}
         for number, row in enumerate(rows, 1):
             other = (row.study, row.scale) != (self.study.name, self.scale)
             if other or planned.get(row.key, row.digest) != row.digest:
