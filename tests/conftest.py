@@ -24,7 +24,7 @@ def reproducible() -> Iterator[None]:
 
 
 LONG = ("test_kill", "test_restart", "test_graphs", "test_contract", "test_runner", "test_demo", "test_claims")
-"""Files that take long although they have few tests: they come first, so that no process is left with one at the end."""
+"""Files that take long although they have few tests: they come first, so that none is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

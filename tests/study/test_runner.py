@@ -236,9 +236,7 @@ def test_a_study_that_was_killed_while_its_plan_was_written_starts_anew(study: S
     assert make_folder(out, study, "tiny").missing()
 
 
-def test_a_pilot_shows_no_arms_result(
-    done: StudyFolder, study_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pilot_shows_no_arms_result(done: StudyFolder, study_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forget(done, 1)
     command = ["study", str(study_file), "--out", str(done.path), "--workers", "1", "--seeds", "3", "--pilot"]
     assert main(command) == 0

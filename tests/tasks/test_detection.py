@@ -427,6 +427,12 @@ def test_options_out_of_range_are_refused(config: RunConfig, data: Data, options
     [
         ({"img_size": 64}, "network.img_size is 64, which is for image classification; leave it out; image sizes are"),
         ({"readout": "method"}, "network.readout is 'method', which is for image classification; leave it out"),
+        ({"pooling": "max"}, "network.pooling is 'max', which is for image classification; leave it out"),
+        ({"registers": 4}, "network.registers is 4, which is for image classification; leave it out"),
+        (
+            {"init": "pretrained"},
+            "network.init is 'pretrained', which is for image classification; give a file, or the",
+        ),
     ],
 )
 def test_what_is_for_classification_is_refused(

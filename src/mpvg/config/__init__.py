@@ -1,6 +1,6 @@
 """The configuration of a run: plain, frozen dataclasses that load no torch."""
 
-from mpvg.config.parts import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig
+from mpvg.config.parts import PRETRAINED, AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig
 from mpvg.config.run import (
     ADDED_FIELDS,
     FORMAT,
@@ -14,6 +14,7 @@ from mpvg.config.run import (
 __all__ = [
     "ADDED_FIELDS",
     "FORMAT",
+    "PRETRAINED",
     "UNCOUNTED",
     "AugmentConfig",
     "LoaderConfig",

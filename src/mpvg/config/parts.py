@@ -9,6 +9,10 @@ Pooling = Literal["method", "max", "attention", "mean_norm", "token_and_mean"]
 """What a ViT reads out; see `NetworkConfig.pooling`."""
 
 
+PRETRAINED = "pretrained"
+"""The `network.init` that stands for timm's own weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Arguments of the network; everything else is fixed by its name."""

@@ -1,6 +1,6 @@
 """What detection and segmentation share: the dense network that a run's config names."""
 
-from mpvg.config import RunConfig
+from mpvg.config import PRETRAINED, NetworkConfig, RunConfig
 from mpvg.data import DataInfo
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.trunk import DenseBackbone, Forward
@@ -17,10 +17,14 @@ def check_dense_network(config: RunConfig, reason: str) -> None:
         ValueError: one of them is given.
     """
     network = config.network
-    for name, usual in (("readout", "keep"), ("start", "fresh"), ("img_size", None)):
-        if (value := getattr(network, name)) != usual:
+    for name in ("readout", "start", "img_size", "pooling", "registers"):
+        if (value := getattr(network, name)) != getattr(NetworkConfig, name):
             where = "; image sizes are in task_options" if name == "img_size" else ""
             raise ValueError(f"network.{name} is {value!r}, {reason}; leave it out{where}")
+    if network.init == PRETRAINED:
+        raise ValueError(
+            f"network.init is {PRETRAINED!r}, {reason}; give a file, or the folder of a run that trained the classifier"
+        )
 
 
 def dense_backbone(config: RunConfig, info: DataInfo, forward: Forward, *, init: bool) -> DenseBackbone:

@@ -10,16 +10,13 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from mpvg.config import RunConfig
+from mpvg.config import PRETRAINED, RunConfig
 from mpvg.data import Batches, DataInfo, ImageBatch, image_pipeline, make_preprocess
 from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
 from mpvg.models import TIMM, create_model
 from mpvg.tasks.classification_review import ClassificationRecord
 from mpvg.tasks.review import Review
 from mpvg.tasks.task import Evaluation, Metric, Prediction, sum_device
-
-PRETRAINED = "pretrained"
-"""The `network.init` that stands for timm's own weights."""
 
 
 @dataclass(frozen=True)

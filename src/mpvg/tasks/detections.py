@@ -1,7 +1,6 @@
 """What a detector finds in an image: as text, as COCO's results, and drawn."""
 
 import json
-from colorsys import hsv_to_rgb
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from mpvg.data.rle import encode_mask
 from mpvg.data.scenes import to_pixels
 from mpvg.models.dense.regions import paste_mask
+from mpvg.overlays import palette
 
 SHOWN = 0.3
 """Score from which on an object is named and drawn; the metrics count all."""
@@ -99,7 +99,7 @@ class Detections:
                 f"{self.class_names[int(label)]} {100 * float(score):.0f}"
                 for score, label in zip(shown.scores, shown.labels, strict=True)
             ]
-            colors = [_color(number) for number in range(len(names))]
+            colors = [tuple(map(int, color)) for color in palette(len(names))]
             masks = shown.masks().cpu()
             # Of the most certain object: torchvision leaves pixels of several objects dark.
             masks &= masks.cumsum(dim=0) == 1
@@ -113,10 +113,3 @@ class Detections:
         kept = self.scores >= SHOWN
         parts = {name: getattr(self, name)[kept] for name in ("boxes", "scores", "labels", "probabilities")}
         return replace(self, **parts)
-
-
-def _color(number: int) -> tuple[int, int, int]:
-    """A bright color that is unlike those of the numbers before it; torchvision's first one is black."""
-    hue = number * 0.618 % 1  # the golden ratio: no few steps come back to where they began
-    red, green, blue = (round(255 * part) for part in hsv_to_rgb(hue, 0.8, 1.0))
-    return red, green, blue

@@ -1,0 +1,300 @@
+"""What does a prediction cost, in which runtime, and is MPVG free there?
+
+    python benchmarks/inference.py free      # folded MPVG / GAP of DeiT-Ti in each runtime, batch 1; 45 pairs, a limit
+    python benchmarks/inference.py runtimes  # each runtime / PyTorch, folded MPVG of DeiT-Ti, batch 1; 45 pairs, limits
+    python benchmarks/inference.py table     # networks x methods x runtimes, batches of 1 and 32, timm, transformers
+    python benchmarks/inference.py sizes     # DeiT-Ti at 224 to 1024 pixels
+    python benchmarks/inference_tables.py    # rewrite the tables of docs/inference.md and README.md
+
+Everything runs on one thread. In every round each variant runs once, in a shuffled order, and ratios are formed inside
+the round: the table has their median and its 95 % interval by order statistics. The reference of each group stands in
+it twice (A/A). A group is measured again, up to three times, and otherwise marked as discarded, if the 95 % interval
+of A/A excludes 1, its median is off by more than 1 % (2 % with ten pairs), or the rate of a fixed matrix product moved
+by more than 10 %. CPU time decides; wall time is in the records, `benchmarks/records/inference-PART.json`.
+Exit status: 0, or 2 if a limit fails.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from overhead import MAX_RATE_CHANGE, MIN_SAMPLE_S, fp32_gflops, median_interval, seconds
+from torch import nn
+
+from mpvg import create_model, fold
+from mpvg.inference.programs import FILES, INPUT, PRECISION, trace, write
+from mpvg.inference.quantization import int8_instruction
+from mpvg.runs.environment import environment
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "records"
+NETWORKS = {
+    "deit_tiny_patch16_224": "DeiT-Ti",
+    "deit_small_patch16_224": "DeiT-S",
+    "swin_tiny_patch4_window7_224": "Swin-Ti",
+}
+METHODS = ("default", "gap", "mpvg", "folded mpvg")
+RUNTIMES = ("eager", "compiled", "aotinductor", "onnx", "openvino", "int8")
+ATTEMPTS = 3
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the interval of a ratio must stay below, or above."""
+
+    over: str
+    under: str
+    at_most: float = math.inf
+    at_least: float = 0.0
+
+
+@dataclass
+class Group:
+    """Variants that are measured together, one of them twice."""
+
+    name: str
+    reference: str
+    samples: dict[str, list[dict[str, float]]]
+    """Of a variant, in every round: seconds of one pass by each clock."""
+    gflops: list[float]
+    """Rate of a matrix product before and after."""
+    discarded: list[str] = field(default_factory=list)
+
+    def ratio(self, over: str, under: str, clock: str = "cpu") -> dict[str, float]:
+        """Median of the paired ratios, with its 95 % interval."""
+        rounds = zip(self.samples[over], self.samples[under], strict=True)
+        median, low, high = median_interval([a[clock] / b[clock] for a, b in rounds])
+        return {"median": median, "low": low, "high": high}
+
+
+def build(name: str, variant: str, size: int | None = None) -> nn.Module:
+    """A network in evaluation mode; every method from the same random weights as far as they are the same."""
+    torch.manual_seed(0)
+    more = {} if size is None else {"img_size": size}
+    if variant == "timm":
+        return timm.create_model(name, **more).eval()
+    if variant == "transformers":
+        from transformers import ViTConfig, ViTForImageClassification
+
+        width = {"deit_tiny_patch16_224": 192, "deit_small_patch16_224": 384}[name]
+        config = ViTConfig(
+            hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_labels=1000
+        )
+        return ViTForImageClassification(config).eval()
+    model = create_model(name, variant.removeprefix("folded "), **more).eval()
+    return fold(model) if variant.startswith("folded") else model
+
+
+def prepare(model: nn.Module, runtime: str, images: torch.Tensor) -> Run:
+    """What runs one batch in a runtime, on one thread."""
+    if runtime == "eager":
+        return inference(model, images)
+    if runtime == "compiled":
+        return inference(torch.compile(model), images)
+    if runtime == "aotinductor":
+        with torch.no_grad():
+            program = torch.export.export(model, (images,))
+            return inference(
+                torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program)), images
+            )
+    kind = "onnx" if runtime == "int8" else runtime
+    with tempfile.TemporaryDirectory() as folder:
+        write(trace(model, torch.randn(2, *images.shape[1:])), kind, Path(folder), int8=runtime == "int8")
+        return session(kind, Path(folder) / FILES[kind], images.numpy())
+
+
+def inference(model: Any, images: torch.Tensor) -> Run:
+    """A pass without gradients."""
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return run
+
+
+def session(kind: str, file: Path, images: Any) -> Run:
+    """A pass in ONNX Runtime or OpenVINO."""
+    if kind == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        loaded = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+        return lambda: loaded.run(None, {INPUT: images})
+    import openvino
+
+    settings = PRECISION | {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda: request.infer([images])
+
+
+def measure(name: str, reference: str, runs: dict[str, Run], pairs: int, rng: random.Random) -> Group:
+    """Rounds of all variants, until the control holds or the attempts are used up."""
+    passes = {}
+    for key, run in runs.items():
+        _, warm = run(), min(seconds(run)["wall"] for _ in range(3))
+        passes[key] = math.ceil(MIN_SAMPLE_S / warm)
+    for _ in range(ATTEMPTS):
+        samples: dict[str, list[dict[str, float]]] = {key: [] for key in runs}
+        before = fp32_gflops("cpu")
+        for _ in range(pairs):
+            for key in rng.sample(list(runs), len(runs)):
+                samples[key].append(seconds(runs[key], passes[key]))
+        group = Group(name, reference, samples, [before, fp32_gflops("cpu")])
+        median, low, high = group.ratio(f"{reference} again", reference).values()
+        change = abs(group.gflops[1] / group.gflops[0] - 1)
+        found = {"A/A excludes 1": not low <= 1 <= high, "rate moved": change > MAX_RATE_CHANGE}
+        found["A/A is off"] = abs(median - 1) > (0.01 if pairs > 10 else 0.02)
+        group.discarded = [reason for reason, true in found.items() if true]
+        verdict = f"DISCARDED: {', '.join(group.discarded)}" if group.discarded else "kept"
+        rates = " to ".join(f"{rate:.0f}" for rate in group.gflops)
+        print(f"{name}: A/A {median:.4f} ({low:.4f} to {high:.4f}), {rates} GFLOP/s: {verdict}", flush=True)
+        if not group.discarded:
+            break
+    return group
+
+
+def rows_of(
+    group: Group, flops: dict[str, float], pairs: list[tuple[str, str]], limits: list[Limit]
+) -> list[dict[str, Any]]:
+    """The ratios of a group, with what becomes of their limits."""
+    rows = []
+    for over, under in pairs:
+        cpu, wall = group.ratio(over, under), group.ratio(over, under, "wall")
+        time = statistics.median(sample["cpu"] for sample in group.samples[over])
+        row: dict[str, Any] = {"group": group.name, "variant": over, "reference": under, "cpu": cpu, "wall": wall}
+        row |= {"ms": 1e3 * time, "pairs": len(group.samples[over]), "discarded": group.discarded}
+        if over in flops:
+            row["share_of_matrix_rate"] = flops[over] / time / 1e9 / statistics.mean(group.gflops)
+        for limit in limits:
+            if (limit.over, limit.under) == (over, under):
+                speed = 1 / cpu["median"]
+                holds = cpu["high"] <= limit.at_most and speed >= limit.at_least
+                row |= {"at_most": limit.at_most} if limit.at_most < math.inf else {"at_least": limit.at_least}
+                row["verdict"] = "unmeasured" if group.discarded else "pass" if holds else "FAIL"
+        rows.append(row)
+    return rows
+
+
+def flops_of(name: str, batch: int) -> float:
+    """Floating-point operations of a batch; a multiplication and an addition are two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, counter = build(name, "gap"), FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    return float(counter.get_total_flops()) * batch
+
+
+def free(rng: random.Random) -> list[dict[str, Any]]:
+    """Folded MPVG / GAP in each runtime."""
+    rows, images = [], torch.randn(1, 3, 224, 224)
+    for runtime in ("eager", "compiled", "onnx", "openvino", "int8"):
+        models = {"gap": "gap", "gap again": "gap", "folded mpvg": "folded mpvg"}
+        runs = {key: prepare(build("deit_tiny_patch16_224", kind), runtime, images) for key, kind in models.items()}
+        pairs = [("folded mpvg", "gap"), ("gap again", "gap")]
+        limits = [Limit("folded mpvg", "gap", at_most=1.02)] if runtime != "int8" else []
+        rows += rows_of(measure(runtime, "gap", runs, 45, rng), {}, pairs, limits)
+    return rows
+
+
+def runtimes(rng: random.Random) -> list[dict[str, Any]]:
+    """Each runtime / PyTorch eager."""
+    images, model = torch.randn(1, 3, 224, 224), build("deit_tiny_patch16_224", "folded mpvg")
+    runs = {runtime: prepare(model, runtime, images) for runtime in RUNTIMES}
+    runs["eager again"] = prepare(build("deit_tiny_patch16_224", "folded mpvg"), "eager", images)
+    group = measure("folded mpvg, batch 1", "eager", runs, 45, rng)
+    pairs = [(key, "eager") for key in runs if key != "eager"]
+    limits = [Limit("onnx", "eager", at_least=1.15), Limit("openvino", "eager", at_least=1.2)]
+    if int8_instruction() is not None:
+        limits.append(Limit("int8", "eager", at_least=2.1))
+    else:
+        pairs.append(("int8", "onnx"))
+        limits.append(Limit("int8", "onnx", at_least=1.25))
+    flops = dict.fromkeys([key for key in runs if key != "int8"], flops_of("deit_tiny_patch16_224", 1))
+    return rows_of(group, flops, pairs, limits)
+
+
+def table(rng: random.Random) -> list[dict[str, Any]]:
+    """Networks x methods x runtimes x batch sizes against GAP in PyTorch eager; compiled ones for folded MPVG alone."""
+    rows = []
+    for name in NETWORKS:
+        for batch in (1, 32):
+            images, runs, cost = torch.randn(batch, 3, 224, 224), {}, flops_of(name, batch)
+            for method in METHODS:
+                for runtime in RUNTIMES:
+                    if runtime not in ("compiled", "aotinductor") or method == "folded mpvg":
+                        runs[f"{method}, {runtime}"] = prepare(build(name, method), runtime, images)
+            runs["gap, eager again"] = prepare(build(name, "gap"), "eager", images)
+            for other in ("timm", "transformers")[: 2 if name.startswith("deit") else 1]:
+                runs[f"{other}, eager"] = prepare(build(name, other), "eager", images)
+            group = measure(f"{name}, batch {batch}", "gap, eager", runs, 10, rng)
+            flops = dict.fromkeys([key for key in runs if "int8" not in key], cost)
+            rows += rows_of(group, flops, [(key, "gap, eager") for key in runs], [])
+    return rows
+
+
+def sizes(rng: random.Random) -> list[dict[str, Any]]:
+    """DeiT-Ti at growing image sizes: what is folded stays folded, and attention grows with the square."""
+    rows = []
+    for size in (224, 384, 512, 768, 1024):
+        images, runs = torch.randn(1, 3, size, size), {}
+        for method in ("gap", "gap again", "mpvg", "folded mpvg"):
+            model = build("deit_tiny_patch16_224", method.removesuffix(" again"), size)
+            runs[f"{method.removesuffix(' again')}, eager{' again' * method.endswith('again')}"] = prepare(
+                model, "eager", images
+            )
+        for runtime in ("onnx", "openvino"):
+            model = build("deit_tiny_patch16_224", "folded mpvg", size)
+            runs[f"folded mpvg, {runtime}"] = prepare(model, runtime, images)
+        group = measure(f"{size} pixels", "gap, eager", runs, 10, rng)
+        rows += rows_of(group, {}, [(key, "gap, eager") for key in runs], [])
+    return rows
+
+
+PARTS = {"free": free, "runtimes": runtimes, "table": table, "sizes": sizes}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, help="what is measured")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+    np.random.seed(0)
+    failed = False
+    for part in given.parts:
+        results = PARTS[part](random.Random(0))
+        eager = next((row["ms"] / row["cpu"]["median"] for row in results if row["variant"] == "eager again"), None)
+        record = {
+            "environment": environment() | {"threads": 1, "load_at_start": os.getloadavg()},
+            "int8_instruction": int8_instruction(),
+            "eager_ms": eager,
+            "results": results,
+        }
+        (RECORDS / f"inference-{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+        for row in results:
+            low, median, high = (row["cpu"][key] for key in ("low", "median", "high"))
+            ratio = f"{row['variant']} / {row['reference']}: {median:.3f} ({low:.3f} to {high:.3f})"
+            print(f"{row['group']}: {ratio}, {row['ms']:.2f} ms {row.get('verdict', '')}")
+        failed |= any(row.get("verdict") == "FAIL" for row in results)
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
