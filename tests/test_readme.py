@@ -1,6 +1,7 @@
 """What the README and the docs say is what happens, and what they report is what the records say."""
 
 import csv
+import importlib
 import json
 import re
 import shlex
@@ -270,3 +271,10 @@ def student(values: list[float], digits: int) -> str:
     half = 4.302652729911275 * stdev(values) / len(values) ** 0.5
     low, middle, high = (f"{mean(values) + shift:+.{digits}f}" for shift in (-half, 0, half))
     return f"{middle} ({low} to {high})"
+
+
+def test_the_tables_of_speed_are_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("inference_tables")
+    for file, parts in tables.tables().items():
+        assert tables.rewritten(file.read_text(), parts) == file.read_text(), f"{file}: run {tables.__file__}"

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import nn
 
 import mpvg.inference.export as exporting
+from mpvg.cli.export import FORMATS
 from mpvg.cli.main import main
 from mpvg.data import DataInfo, make_preprocess
 from mpvg.inference import load_export
 from mpvg.inference.export import export_run, new_folder
+from mpvg.inference.loading import KINDS
 from mpvg.inference.preprocessing import preprocessing
 from mpvg.inference.quantization import int8_instruction
 from mpvg.runs import Run
@@ -94,6 +96,10 @@ def test_a_run_is_exported_and_loaded(
 
 def refused_again(run: Run, out: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> bool:
     return f"{out} exists already; give another --out" in refused(run, out, capsys, "--format", kind)
+
+
+def test_the_command_takes_what_can_be_loaded() -> None:
+    assert FORMATS == KINDS
 
 
 def test_a_hub_folder_has_a_card_that_says_what_is_known(run: Run, out: Path) -> None:

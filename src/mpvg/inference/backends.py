@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpvg import runs
 from mpvg.data.images import Orientation
 from mpvg.inference.loading import Exported, load_export
-from mpvg.inference.preprocessing import FILE, make_preprocess
+from mpvg.inference.preprocessing import FILE, preprocess_from
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.tasks import Prediction, Ranking, Task
@@ -93,7 +93,7 @@ class ExportBackend:
         values = exported.preprocessing
         self.orientation: Orientation = "stored" if values["orientation"] == "stored" else "exif"
         self.batch_size = BATCH
-        self._preprocess = make_preprocess(values)
+        self._preprocess = preprocess_from(values)
         self._class_names = tuple(map(str, values["class_names"]))
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -148,7 +148,7 @@ def _check(values: Any, file: Path) -> None:
         raise ValueError(f"{file}: file is {shown(values['file'])}; allowed: the name of a file beside it; {again}")
 
 
-def make_preprocess(values: Mapping[str, Any]) -> Preprocess:
+def preprocess_from(values: Mapping[str, Any]) -> Preprocess:
     """What the values do to an image, as a function: the same as the run's own.
 
     Args:
