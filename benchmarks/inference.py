@@ -2,7 +2,8 @@
 
     python benchmarks/inference.py free      # folded MPVG / GAP of DeiT-Ti in each runtime, batch 1; 180 pairs, a limit
     python benchmarks/inference.py runtimes  # each runtime / PyTorch, folded MPVG of DeiT-Ti; 180 pairs, limits
-    python benchmarks/inference.py table     # networks x methods x runtimes, batches of 1 and 32, timm, transformers
+    python benchmarks/inference.py batch-1   # networks x methods x runtimes, beside timm and transformers
+    python benchmarks/inference.py batch-32  # the same with 32 images at once: an hour
     python benchmarks/inference.py sizes     # DeiT-Ti at 224 to 1024 pixels
     python benchmarks/inference_tables.py    # rewrite the tables of docs/inference.md and README.md
 
@@ -21,7 +22,7 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,7 @@ from mpvg.runs.environment import environment
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
-NETWORKS = {
-    "deit_tiny_patch16_224": "DeiT-Ti",
-    "deit_small_patch16_224": "DeiT-S",
-    "swin_tiny_patch4_window7_224": "Swin-Ti",
-}
+NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
 METHODS = ("default", "gap", "mpvg", "folded mpvg")
 RUNTIMES = ("eager", "compiled", "aotinductor", "onnx", "openvino", "int8")
 ATTEMPTS = 3
@@ -233,22 +230,21 @@ def runtimes(rng: random.Random) -> list[dict[str, Any]]:
     return rows_of(group, flops, pairs, limits)
 
 
-def table(rng: random.Random) -> list[dict[str, Any]]:
-    """Networks x methods x runtimes x batch sizes against GAP in PyTorch eager; compiled ones for folded MPVG alone."""
+def networks(names: Sequence[str], batch: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Networks x methods x runtimes against GAP in PyTorch; compiled ones for folded MPVG alone."""
     rows = []
-    for name in NETWORKS:
-        for batch in (1, 32):
-            images, runs, cost = torch.randn(batch, 3, 224, 224), {}, flops_of(name, batch)
-            for method in METHODS:
-                for runtime in RUNTIMES:
-                    if runtime not in ("compiled", "aotinductor") or method == "folded mpvg":
-                        runs[f"{method}, {runtime}"] = prepare(build(name, method), runtime, images)
-            runs["gap, eager again"] = prepare(build(name, "gap"), "eager", images)
-            for other in ("timm", "transformers")[: 2 if name.startswith("deit") else 1]:
-                runs[f"{other}, eager"] = prepare(build(name, other), "eager", images)
-            group = measure(f"{name}, batch {batch}", "gap, eager", runs, FEW, rng)
-            flops = dict.fromkeys([key for key in runs if "int8" not in key], cost)
-            rows += rows_of(group, flops, [(key, "gap, eager") for key in runs], [])
+    for name in names:
+        images, runs, cost = torch.randn(batch, 3, 224, 224), {}, flops_of(name, batch)
+        for method in METHODS:
+            for runtime in RUNTIMES:
+                if runtime not in ("compiled", "aotinductor") or method == "folded mpvg":
+                    runs[f"{method}, {runtime}"] = prepare(build(name, method), runtime, images)
+        runs["gap, eager again"] = prepare(build(name, "gap"), "eager", images)
+        for other in ("timm", "transformers")[: 2 if name.startswith("deit") else 1]:
+            runs[f"{other}, eager"] = prepare(build(name, other), "eager", images)
+        group = measure(name, "gap, eager", runs, FEW, rng)
+        flops = dict.fromkeys([key for key in runs if "int8" not in key], cost)
+        rows += rows_of(group, flops, [(key, "gap, eager") for key in runs], [])
     return rows
 
 
@@ -270,12 +266,21 @@ def sizes(rng: random.Random) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS = {"free": free, "runtimes": runtimes, "table": table, "sizes": sizes}
+PARTS = ("free", "runtimes", "batch-1", "batch-32", "sizes")
+
+
+def run_part(part: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of one record."""
+    rng = random.Random(0)
+    if part.startswith("batch"):
+        return networks(names, int(part.removeprefix("batch-")), rng)
+    return {"free": free, "runtimes": runtimes, "sizes": sizes}[part](rng)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what is measured")
+    parser.add_argument("--model", nargs="+", choices=NETWORKS, default=NETWORKS, help="of batch-1 and batch-32")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
@@ -283,7 +288,7 @@ def main() -> int:
     np.random.seed(0)
     failed = False
     for part in given.parts:
-        results = PARTS[part](random.Random(0))
+        results = run_part(part, given.model)
         eager = next((row["ms"] / row["cpu"]["median"] for row in results if row["variant"] == "eager again"), None)
         record = {
             "environment": environment() | {"threads": 1, "load_at_start": os.getloadavg()},

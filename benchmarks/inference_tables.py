@@ -26,8 +26,12 @@ LABELS = {
 }
 
 
+def place(part: str) -> Path:
+    return ROOT / "benchmarks" / "records" / f"inference-{part}.json"
+
+
 def read(part: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "records" / f"inference-{part}.json").read_text())
+    record: dict[str, Any] = json.loads(place(part).read_text())
     return record
 
 
@@ -36,8 +40,12 @@ def spread(values: dict[str, float]) -> str:
 
 
 def origin(part: str) -> str:
-    where, command = read(part)["environment"], f"python benchmarks/inference.py {part}"
-    return f"`{command}`, one thread, {where['hardware']}, commit {where['commit']}, {where['date'][:10]}."
+    """The command of a part; where and when it was run, with the record."""
+    command = f"`python benchmarks/inference.py {part}`"
+    if not place(part).exists():
+        return f"Not measured yet: {command}."
+    where, link = read(part)["environment"], f"[record](../benchmarks/records/{place(part).name})"
+    return f"{command}, one thread, {where['hardware']}, commit {where['commit']}, {where['date'][:10]}, {link}."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -59,28 +67,34 @@ def speed_table() -> str:
 
 
 def network_tables() -> str:
-    """Milliseconds of a batch, for each network and batch size."""
-    texts, results = [], read("table")["results"]
-    for name, label in NETWORKS.items():
-        for batch in (1, 32):
-            found = {row["variant"]: row for row in results if row["group"] == f"{name}, batch {batch}"}
-            rows = []
-            for method in METHODS:
-                cells = [found.get(f"{method}, {runtime}") for runtime in LABELS]
-                if any(cells):
-                    rows.append([method, *(f"{cell['ms']:.1f}" if cell else "-" for cell in cells)])
-            row = found["gap, eager again"]
-            state = (
-                f"; the control was off ({', '.join(row['discarded'])}), so differences of a few percent mean nothing"
-                if row["discarded"]
-                else ""
-            )
-            share = found["gap, eager"]["share_of_matrix_rate"]
-            texts.append(
-                f"{label}, batch {batch}, milliseconds a batch; A/A {spread(row['cpu'])}{state}; GAP in PyTorch has "
-                f"{100 * share:.0f} % of the rate of a large matrix product:\n\n" + markdown(["", *LABELS], rows)
-            )
+    """Milliseconds of a batch, for each network and batch size that was measured."""
+    texts = []
+    for batch in (1, 32):
+        part = f"batch-{batch}"
+        results = read(part)["results"] if place(part).exists() else []
+        for name, label in NETWORKS.items():
+            found = {row["variant"]: row for row in results if row["group"] == name}
+            if found:
+                texts += [_network_heading(label, batch, found), markdown(["", *LABELS], _network_rows(found))]
+        texts.append(origin(part))
     return "\n\n".join(texts)
+
+
+def _network_heading(label: str, batch: int, found: dict[str, Any]) -> str:
+    control, share = found["gap, eager again"], found["gap, eager"]["share_of_matrix_rate"]
+    text = f"{label}, batch {batch}: milliseconds a batch. A/A {spread(control['cpu'])}"
+    if control["discarded"]:
+        text += f", which is off ({', '.join(control['discarded'])}): differences of some percent mean nothing"
+    return f"{text}. GAP in PyTorch has {100 * share:.0f} % of the rate of a large matrix product."
+
+
+def _network_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for method in METHODS:
+        cells = [found.get(f"{method}, {runtime}") for runtime in LABELS]
+        if any(cells):
+            rows.append([method, *(f"{cell['ms']:.1f}" if cell else "-" for cell in cells)])
+    return rows
 
 
 def size_table() -> str:
@@ -99,8 +113,8 @@ def tables() -> dict[Path, dict[str, str]]:
     """File -> what stands between its markers `<!-- name -->` and `<!-- /name -->`."""
     page = {
         "speed": f"{speed_table()}\n\n{origin('runtimes')}\n{origin('free')}",
-        "networks": f"{network_tables()}\n\n{origin('table')}",
-        "sizes": f"{size_table()}\n\n{origin('sizes')}",
+        "networks": network_tables(),
+        "sizes": f"{size_table()}\n\n{origin('sizes')}" if place("sizes").exists() else origin("sizes"),
     }
     return {ROOT / "docs" / "inference.md": page, ROOT / "README.md": {"speed": speed_table()}}
 
@@ -108,9 +122,9 @@ def tables() -> dict[Path, dict[str, str]]:
 def rewritten(text: str, parts: dict[str, str]) -> str:
     """A page with its tables."""
     for name, content in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = text.split(start)
-        text = head + start + content + end + rest.split(end)[1]
+        text = f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}"
     return text
 
 
