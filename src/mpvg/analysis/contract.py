@@ -100,6 +100,8 @@ def shapes(build: Build) -> tuple[list[str], str]:
             )
         elif (pooled := network.pool(tokens)).shape != (IMAGES, tokens.shape[2]):
             wrong.append(f"pool gives {tuple(pooled.shape)}, not {(IMAGES, tokens.shape[2])}")
+        elif network.global_pool == "avg" and _adds_up(network.pool, tokens) > TOLERANCE:
+            wrong.append("pool is not a mean, and global_pool is 'avg': give it another name there")
         elif not wrong and difference(network.get_classifier()(pooled), logits) > TOLERANCE:
             wrong.append("logits are not the head on what pool gives for forward_features")
     return wrong, f"{IMAGES} images to logits {tuple(logits.shape)}"
@@ -211,6 +213,12 @@ def example_images(model: nn.Module, size: tuple[int, int] | None = None) -> Ten
     """Random images of a network's own size, or of another."""
     network = delivered_network(model)
     return torch.randn(IMAGES, network.in_chans, *(size or to_2tuple(network.img_size)))
+
+
+def _adds_up(pool: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
+    """How far the pooled sum is from the sum of what is pooled."""
+    other = torch.randn_like(tokens)
+    return difference(pool(tokens + other), pool(tokens) + pool(other))
 
 
 def _gradients(build: Build) -> tuple[list[str], str]:

@@ -143,7 +143,7 @@ def check_network(arguments: list[str]) -> int:
     failed = 0
     for check in contract.check_network(build):
         word = {True: "ok", False: "FAILED", None: "-"}[check.passed]
-        say(f"{check.name:12s} {word:7s} {check.text}")
+        say(f"{check.name:13s} {word:7s} {check.text}")
         failed += check.passed is False
     say("", f"{failed} of the checks failed: see docs/own.md" if failed else "all checks passed")
     return 1 if failed else 0

@@ -14,6 +14,7 @@ from mpvg.config.names import TIMM, is_reference
 from mpvg.delivery import Method, as_spec
 from mpvg.models.checkpoints import load_checkpoint
 from mpvg.models.importing import absolute_reference, describe_error, import_factory
+from mpvg.models.mixin import DeliveryMixin
 from mpvg.models.network import DeliveredNetwork, delivered_network
 from mpvg.validation import shown
 
@@ -125,7 +126,7 @@ def create_own(
         arguments["drop_path_rate"] = drop_path_rate
     model = call_factory(name, arguments)
     if missing := problems(model):
-        raise ValueError(f"{name}: {missing[0]}; `mpvg check-network {shlex.quote(name)}` shows all; see docs/own.md")
+        raise ValueError(f"{name}: {missing[0]}; see docs/own.md, and `mpvg check-network {shlex.quote(name)}`")
     if pos_std is not None:
         _rescale(name, delivered_network(model), pos_std)
     if checkpoint_path is not None:
@@ -155,11 +156,11 @@ def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 def problems(model: nn.Module) -> list[str]:
     """What a network lacks to be trained and analyzed, in words."""
-    needed = [name for name in dir(DeliveredNetwork) if not name.startswith("_")]
-    needed = [*getattr(model, "required", ()), *needed]
-    missing = [name for name in dict.fromkeys(needed) if not _has(model, name)]
+    members = [name for name in (*dir(DeliveredNetwork), *DeliveredNetwork.__annotations__) if not name.startswith("_")]
+    missing = [name for name in dict.fromkeys((*getattr(model, "required", ()), *members)) if not _has(model, name)]
     if missing:
-        return [f"{type(model).__name__} has no {name}" for name in missing]
+        cure = "" if isinstance(model, DeliveryMixin) else ", most of which mpvg.DeliveryMixin gives it"
+        return [f"{type(model).__name__} has no {', '.join(missing)}{cure}"]
     network: Any = model
     name, layers = type(model).__name__, len(network.blocks)
     try:
