@@ -93,6 +93,8 @@ def test_the_example_is_short_and_has_nothing_of_timm() -> None:
     text = EXAMPLE.read_text()
     assert len(text.splitlines()) < 80
     assert not re.search(r"import timm|from timm|create_model", text)
+    code = text[text.index("import torch") :]
+    assert f"```python\n{code}```" in (EXAMPLE.parents[1] / "docs/own.md").read_text()
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_bits(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -1,5 +1,6 @@
 """The checks of `mpvg check-network`: what is right passes, and each mistake is found and named."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
-from mpvg import DeliveryMixin, PositionDelivery, create_model
+from mpvg import DeliveryMixin, PositionDelivery
 from mpvg.analysis.contract import Check, check_network
 from mpvg.delivery import DeliveredPE, Method, NetworkTraits, resolve
 from mpvg.models.fold import fold
@@ -99,6 +101,18 @@ def test_with_the_method_default_it_is_torchvisions() -> None:
     torch.testing.assert_close(ours(images), theirs(images), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("name", "layers"), [("example", "blocks."), ("torchvision", "encoder.layers.encoder_layer_")])
+def test_layer_decay_puts_what_a_layer_receives_at_the_rate_of_the_layer(name: str, layers: str) -> None:
+    model = torchvision_vit() if name == "torchvision" else example(TEXT)()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for key, parameter in model.named_parameters():
+        layer = re.match(rf"(?:{re.escape(layers)}|delivery\.layer_norms\.)(\d)", key)
+        depth = 2 - int(layer[1]) if layer else 0 if key.startswith("head") else 3
+        depth = 1 if key.startswith(("norm.", "encoder.ln.", "delivery.last_norm.")) else depth  # timm's convention
+        assert scale[id(parameter)] == 0.5**depth, key
+
+
 # Mistakes in the example: what stands there, what stands instead, the check that fails and why.
 
 TEXT = (Path(__file__).parents[2] / "examples/own_network.py").read_text()
@@ -157,29 +171,25 @@ def test_the_example_itself_has_none() -> None:
 # A method that is not in the paper.
 
 
-class GatedDelivery(PositionDelivery):
-    """What each layer receives, times a learned number that starts at 1."""
+DOCS = (Path(__file__).parents[2] / "docs/own.md").read_text()
+(GATED,) = (code for code in re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL) if "GatedDelivery" in code)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gates = nn.ParameterDict({layer: nn.Parameter(torch.ones(())) for layer in self.layer_norms})
 
-    def forward(self, *args: Any, **kwargs: Any) -> DeliveredPE:
-        delivered = super().forward(*args, **kwargs)
-        gated = [None if pe is None else self.gates[str(i)] * pe for i, pe in enumerate(delivered.per_layer)]
-        return delivered._replace(per_layer=tuple(gated))
+def documented() -> dict[str, Any]:
+    """What the page of the documentation defines."""
+    found: dict[str, Any] = {"__name__": "documented"}
+    exec(compile(GATED, "docs/own.md", "exec"), found)
+    return found
 
 
 def gated_small_vit(method: Method = "mpvg", num_classes: int = 5) -> nn.Module:
     model: Any = example(TEXT)(method, num_classes)
-    model.delivery = GatedDelivery(model.spec, 2, 12, class_rows=model.num_prefix_tokens)
+    model.delivery = documented()["GatedDelivery"](model.spec, 2, 12, class_rows=model.num_prefix_tokens)
     return model
 
 
 def gated_vit(method: Method = "mpvg", num_classes: int = 5) -> nn.Module:
-    model: Any = create_model("vit_mini_patch2_8", method, num_classes=num_classes, depth=2, embed_dim=12)
-    rows = model.num_prefix_tokens
-    model.delivery = GatedDelivery(model.spec, 2, 12, class_rows=rows)
+    model: nn.Module = documented()["gated_vit"](method, num_classes=num_classes, depth=2, embed_dim=12)
     return model
 
 

@@ -44,7 +44,7 @@ VERBS = {
 
 def usage() -> str:
     """The help text of the command."""
-    verbs = "\n".join(f"  {name:13s} {verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:14s} {verb.help}" for name, verb in VERBS.items())
     return (
         "usage: mpvg VERB [options]     mpvg VERB --help says more\n\n"
         f"{verbs}\n\n"

@@ -1,5 +1,6 @@
 """What makes a network of your own one that mpvg trains, analyzes, folds and exports."""
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -115,6 +116,16 @@ class DeliveryMixin(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the PE and of class tokens: all parameters of the shape `(1, rows, D)`."""
         return {name for name, value in self.named_parameters() if value.ndim == 3 and len(value) == 1}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups for layer decay, with each LN' in the group of its layer, or of the Last LN."""
+        names = {id(module): name for name, module in self.named_modules()}
+        layers, norm, head = (names[id(part)] for part in (self.blocks[0], self.norm, self.get_classifier()))
+        layer = rf"^(?:{re.escape(layers.rpartition('.')[0])}|delivery\.\w+)\.\D*(\d+)(?:\.|$)"
+        last = rf"^(?:{re.escape(norm)}|delivery\.last_norm)\."
+        other = rf"{layer}|{last}|^{re.escape(head)}\."
+        stem = [re.escape(name) for name, _ in self.named_parameters() if not re.search(other, name)]
+        return {"stem": rf"^(?:{'|'.join(stem)})$", "blocks": [(layer, None), (last, (99999,))]}
 
     @property
     def probe(self) -> Probe | None:
