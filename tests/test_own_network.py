@@ -187,7 +187,7 @@ def test_plot_and_runs_need_no_network(run: Path, tmp_path: Path, capsys: pytest
     assert main(["plot", str(run), "--out", str(tmp_path / "curve.png")]) == 0
     assert main(["runs", str(run.parent)]) == 0
     assert "small_vit" in capsys.readouterr().out
-    assert not own.networks()
+    assert not own._FACTORIES
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +215,19 @@ def test_a_study_runs_it_in_workers(study: Path, refused: Callable[..., str]) ->
 
 def test_a_job_gets_it_from_the_command_that_submits_it(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Worker] = []
-    monkeypatch.setattr(submitit.LocalExecutor, "map_array", lambda self, worker, paths: given.append(worker) or [])
+
+    def map_array(self: Any, worker: Worker, paths: list[str]) -> list[Any]:
+        given.append(worker)
+        return []
+
+    monkeypatch.setattr(submitit.LocalExecutor, "map_array", map_array)
     own.import_network(MODEL)
     submit(open_folder(study), "local", 1)
     forget()
     with pytest.raises(own.NotImportedError, match="add --model"):
         Worker()(str(study))
     given[0](str(study))
-    assert own.networks() == {MODEL: MODEL}
+    assert own.networks([MODEL, "deit_tiny_patch16_224"]) == {MODEL: MODEL}
 
 
 def test_a_study_of_others_takes_it_in_place_of_theirs(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -278,6 +283,27 @@ def test_weights_of_one_method_start_another_and_the_pe_has_the_std_that_is_aske
     assert set(larger.load_report.new) == {"head.weight", "head.bias"}
     control: Any = create_model(MODEL, "gap", pos_std=1.0, **sizes)
     assert control.pos_embed.std().item() == pytest.approx(1)
+
+
+def test_a_factory_may_compute_with_values_where_networks_are_built_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    """As rates of stochastic depth are: `inspect` and the plan of a study build networks on the meta device."""
+    (tmp_path / "rates.py").write_text(
+        "import torch, own_example\n\n\ndef build(method='mpvg', drop_path_rate=0.0, **kwargs):\n"
+        "    rates = [rate.item() for rate in torch.linspace(0, drop_path_rate, 4)]\n"
+        "    return own_example.small_vit(method, depth=len(rates), **kwargs)\n"
+    )
+    sys.modules["own_example"] = sys.modules[importing.import_factory(MODEL).__module__]
+    name = f"{tmp_path}/rates.py:build"
+    assert main(["inspect", name, "--num_classes", "10"]) == 0
+    ours = capsys.readouterr().out.splitlines()[1:]
+    assert main(["inspect", MODEL, "--num_classes", "10"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ours
+    train = [*TRAIN, "--epochs", "1", "--network.drop_path", "0.1", "--dry_run", "--out", str(tmp_path / "run")]
+    assert main([*train, "--model", name]) == 0
+    assert refused(*train, "--model", MODEL).endswith("let the factory take it, or give --network.drop_path 0")
+    del sys.modules["own_example"]
 
 
 # Names: nothing that stands in a file is imported.

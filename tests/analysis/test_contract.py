@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from mpvg import DeliveryMixin, PositionDelivery
 from mpvg.analysis.contract import Check, check_network
-from mpvg.delivery import DeliveredPE, Method, NetworkTraits, resolve
+from mpvg.delivery import Method, NetworkTraits, resolve
 from mpvg.models.fold import fold
 
 

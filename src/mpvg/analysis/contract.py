@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mpvg.analysis.sensitivity import change_delivery
 from mpvg.delivery import METHODS, DeliveredPE, as_spec
 from mpvg.models.fold import fold
+from mpvg.models.mixin import DeliveryMixin
 from mpvg.models.network import delivered_network, patch_grid
 from mpvg.models.own import problems
 
@@ -89,7 +90,7 @@ def shapes(build: Build) -> tuple[list[str], str]:
     wrong = [] if logits.shape == (IMAGES, classes) else [f"logits are {tuple(logits.shape)}, not {(IMAGES, classes)}"]
     if not wrong and not logits.isfinite().all():
         wrong.append("logits are NaN or infinite")
-    if hasattr(model, "forward_features"):
+    if isinstance(model, DeliveryMixin):  # a family of this package may read out in its own way
         tokens = network.forward_features(batch)
         rows, columns = patch_grid(network)
         count = rows * columns + network.num_prefix_tokens
@@ -121,14 +122,8 @@ def idle_parameters(model: nn.Module, images: Tensor, least: float = 1e-12) -> l
     ]
 
 
-def probe_problems(model: nn.Module, images: Tensor, last: Callable[[Tensor], Tensor] | None = None) -> list[str]:
-    """Where a probe does not see each layer once, in order, and then the Last LN, with what is delivered to it.
-
-    Args:
-        model: the network.
-        images: for a forward pass.
-        last: what becomes of the Last LN's PE before it is shown, in a network that normalizes one vector (CeiT).
-    """
+def probe_problems(model: nn.Module, images: Tensor) -> list[str]:
+    """Where a probe does not see each layer once, in order, and then the Last LN, with what is delivered to it."""
     network = delivered_network(model.eval())
     recorder = Recorder()
     network.probe = recorder
@@ -142,7 +137,8 @@ def probe_problems(model: nn.Module, images: Tensor, last: Callable[[Tensor], Te
     if order != expected:
         seen = ", ".join("the Last LN" if layer < 0 else f"layer {layer}" for layer in order) or "nothing"
         return [f"the probe saw {seen}, and not layers 0 to {len(network.blocks) - 1}, then the Last LN, once each"]
-    at_last = delivered.last if last is None or delivered.last is None else last(delivered.last)
+    one_vector = recorder.seen[-1][1].ndim == 2  # which the Last LN normalizes, in place of tokens (CeiT)
+    at_last = network.pool(delivered.last) if one_vector and delivered.last is not None else delivered.last
     return [
         "the probe was shown another PE than is delivered at " + ("the Last LN" if layer < 0 else f"layer {layer}")
         for (layer, _, shown), pe in zip(recorder.seen, (*delivered.per_layer, at_last), strict=True)
@@ -150,7 +146,7 @@ def probe_problems(model: nn.Module, images: Tensor, last: Callable[[Tensor], Te
     ]
 
 
-def delivery(build: Build) -> tuple[list[str], str]:
+def delivery(build: Build) -> tuple[list[str] | None, str]:
     """What is delivered to a place is added to its LN's output: the same vector on every token is a shift of its bias.
 
     This also finds a network that computes what is delivered past `deliver`, which folding and analysis replace.
@@ -158,7 +154,7 @@ def delivery(build: Build) -> tuple[list[str], str]:
     model = _noisy(build)
     network: Any = model
     if not hasattr(network, "attention_norms"):
-        return [], "not checked: a family of this package"
+        return None, "a family of this package, which has tests of its own"
     batch, wrong = example_images(model), []
     norms = [*network.attention_norms, network.norm]
     depth = len(network.blocks)

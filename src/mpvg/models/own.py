@@ -2,7 +2,7 @@
 
 import inspect
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def import_network(reference: str, name: str | None = None) -> None:
     _IMPORTED[name] = absolute_reference(reference)
 
 
-def networks() -> dict[str, Factory | str]:
-    """The networks that are known in this process, for another one."""
-    return {**_FACTORIES, **_IMPORTED}
+def networks(names: Iterable[str]) -> dict[str, Factory | str]:
+    """Those networks among the names that are known in this process, for another one."""
+    return {name: _IMPORTED.get(name, _FACTORIES[name]) for name in names if name in _FACTORIES}
 
 
 def use_networks(given: Networks) -> None:
@@ -135,23 +135,26 @@ def create_own(
 
 
 def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """What a registered factory returns.
+    """What a registered factory returns, in memory even where networks are built without: code may compute its sizes.
 
     Raises:
         ValueError: it raises, or returns no nn.Module.
     """
     try:
-        model = _FACTORIES[name](**arguments)
+        with torch.device("cpu"):
+            model = _FACTORIES[name](**arguments)
     except ValueError as error:  # such as that of a method which the network cannot run
         raise ValueError(f"{name}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # whatever the code does
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ValueError(f"{name}({given}) raises {describe_error(error)}; MPVG_TRACEBACK=1 shows where") from error
+        cure = "let the factory take it, or give --network.drop_path 0" if "drop_path_rate" in str(error) else ""
+        cure = cure or "MPVG_TRACEBACK=1 shows where"
+        raise ValueError(f"{name}({given}) raises {describe_error(error)}; {cure}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returns a {type(model).__name__}; allowed: a factory that returns an nn.Module")
-    return model
+    return model.to("meta") if torch.get_default_device().type == "meta" else model
 
 
 def problems(model: nn.Module) -> list[str]:

@@ -142,7 +142,9 @@ def run_study(folder: StudyFolder, workers: int | None = None, *, blind: bool = 
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     processes = [
-        context.Process(target=_worker, args=(folder.path, errors, number % gpus if gpus else None, networks()))
+        context.Process(
+            target=_worker, args=(folder.path, errors, number % gpus if gpus else None, networks(folder.model_names()))
+        )
         for number in range(count)
     ]
     console = Console(soft_wrap=True, highlight=False)

@@ -111,5 +111,5 @@ def submit(folder: StudyFolder, options: str, workers: int) -> list[Any]:
         raise ValueError(
             f"--slurm {shown(options)} is refused by submitit ({reason}); give sbatch's names with _ for -"
         ) from error
-    jobs: list[Any] = executor.map_array(Worker(networks()), [str(folder.path.resolve())] * workers)
+    jobs: list[Any] = executor.map_array(Worker(networks(folder.model_names())), [str(folder.path.resolve())] * workers)
     return jobs
