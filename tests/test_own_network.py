@@ -499,6 +499,15 @@ def test_a_module_that_is_no_network_is_refused_and_fails_the_checks(
     assert capsys.readouterr().out.startswith(f"members       FAILED  {lacking}")
 
 
+def test_a_study_in_which_no_arm_can_run_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    (tmp_path / "raises.py").write_text(BAD["raises.py"])
+    plan = ["study", plan_file(tmp_path, None), "--out", tmp_path / "out"]
+    said = refused(*plan, "--model", f"{tmp_path}/raises.py:build")
+    assert said.startswith("no network can run an arm of mine: ")
+    assert "raises RuntimeError: no weights" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_that_no_probe_sees_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
     """Its layers normalize without their LN modules."""
     text = EXAMPLE.read_text().replace("self.norm1(x)", "nn.functional.layer_norm(x, x.shape[-1:], self.norm1.weight)")

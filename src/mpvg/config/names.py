@@ -31,8 +31,9 @@ def split_reference(name: str) -> tuple[str, str]:
     known = is_file(place) or all(map(_is_name, parts))
     if not (known and _is_name(factory)):
         raise ValueError(f"{shown(name)} is not the name of a network of your own; allowed: {FORM}")
-    if not is_file(place) and (parts[0] in sys.stdlib_module_names or parts[0] == "mpvg"):
-        whose = "mpvg" if parts[0] == "mpvg" else "Python"
+    here = __name__.partition(".")[0]
+    if not is_file(place) and parts[0] in (here, *sys.stdlib_module_names):
+        whose = here if parts[0] == here else "Python"
         raise ValueError(
             f"{shown(name)}: the module {parts[0]} is {whose}'s, and one of yours with this name would not be found; "
             f"give it another name, or give path/file.py:{factory}"

@@ -163,6 +163,8 @@ def make_folder(
             return found
     elif path.exists() and not all(is_temporary(entry.name) for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty and holds no study; give another --out")
+    if not folder.cells():
+        raise ValueError(f"no network can run an arm of {study.name}: {next(iter(folder.refused.values()))}")
     path.mkdir(parents=True, exist_ok=True)
     run = {"scale": scale, "seeds": seeds, "data": data} | ({} if model is None else {"model": model})
     values = {**to_dict(study), "run": run}
