@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # These have processes of their own: a test process that had loaded ONNX Runtime and OpenVINO was killed later on, when it
 # trained networks.
 APART := tests/training
-RUNTIMES := tests/inference tests/test_examples.py
+RUNTIMES := tests/inference tests/test_examples.py tests/test_own_network.py
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup test lint format mutants demo study dense-demo export-matrix results clean

@@ -73,7 +73,7 @@ def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["-h"], []):
         assert main(arguments) == 0
         printed = capsys.readouterr().out
-        assert re.findall(r"^  (\w+)  ", printed, re.MULTILINE) == list(VERBS)
+        assert re.findall(r"^  ([\w-]+)  ", printed, re.MULTILINE) == list(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -9,17 +9,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpvg.delivery import METHODS, DeliverySpec, PositionDelivery
     from mpvg.inference import Predictor
-    from mpvg.models import create_model
+    from mpvg.models import DeliveryMixin, create_model, register_network
     from mpvg.models.convert import convert
     from mpvg.models.fold import fold
     from mpvg.runs import load
 
     __version__: str
 
-__all__ = ["METHODS", "DeliverySpec", "PositionDelivery", "Predictor", "convert", "create_model", "fold", "load"]
+__all__ = [
+    "METHODS",
+    "DeliveryMixin",
+    "DeliverySpec",
+    "PositionDelivery",
+    "Predictor",
+    "convert",
+    "create_model",
+    "fold",
+    "load",
+    "register_network",
+]
 
 _HOME = {
     "METHODS": "mpvg.delivery",
+    "DeliveryMixin": "mpvg.models",
     "DeliverySpec": "mpvg.delivery",
     "PositionDelivery": "mpvg.delivery",
     "Predictor": "mpvg.inference",
@@ -27,6 +39,7 @@ _HOME = {
     "create_model": "mpvg.models",
     "fold": "mpvg.models.fold",
     "load": "mpvg.runs",
+    "register_network": "mpvg.models",
 }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpvg import models
@@ -40,7 +41,7 @@ def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
         model: Any = (
             create_model(name, method, **kwargs).eval().requires_grad_(False)
         )  # the counter would ask for gradients
-        image = (model.in_chans, *model.patch_embed.img_size)
+        image = (model.in_chans, *to_2tuple(model.img_size))
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image))
     return Inspection(

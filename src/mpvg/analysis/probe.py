@@ -128,6 +128,7 @@ def collect(
                 raise ValueError("the outputs of the network contain NaN or infinite values; use another checkpoint")
             collector.correct += int((logits.argmax(dim=1) == targets).sum())
             collector.nll += float(F.cross_entropy(logits.double(), targets, reduction="sum"))
+            collector.check_seen(len(network.blocks))
     finally:
         network.probe = None
     return collector.result()
@@ -154,6 +155,16 @@ class _Collector:
         self.images, self.indices = images, int(self.counts.sum()) + torch.arange(len(images))
         self.group = self.indices % self.groups
         self.counts.index_add_(0, self.group, torch.ones(len(images), dtype=torch.float64))
+
+    def check_seen(self, layers: int) -> None:
+        """Refuses a network whose probe was not called in a forward pass."""
+        unseen = [name for name in map(str, range(layers)) if name not in self.layers]
+        if unseen or self.last_norm is None:
+            places = [f"layer {unseen[0]}" if unseen else "", "" if self.last_norm is not None else "the Last LN"]
+            raise ValueError(
+                f"the probe was never called at {' and '.join(filter(None, places))}: its LN is not a module that the "
+                "forward pass calls; `mpvg check-network` says more, and docs/own.md where a probe looks"
+            )
 
     def layer(self, layer: int, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
         self._add(str(layer), tokens, normed, pe)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from mpvg.analysis.probe import LAST
@@ -194,7 +195,7 @@ def translation(model: nn.Module, batches: CachedBatches) -> dict[int, float]:
 def resolutions(model: nn.Module, batches: CachedBatches) -> dict[int, float | None]:
     """Accuracy at other image sizes: images are resized (bicubic), the PE is resampled, other weights stay the same."""
     own = batches.batches[0][0].shape[-1]
-    unit = delivered_network(model).patch_embed.patch_size[0]
+    unit = to_2tuple(delivered_network(model).patch_size)[0]
     found: dict[int, float | None] = {}
     for side in sorted({max(unit, round(own * size / unit) * unit) for size in SIZES}):
         try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mpvg.cli.arguments import Parser, add_weights, complain, say
+from mpvg.cli.own import add_model, use_models_of_runs
 
 
 def analyze(arguments: list[str]) -> int:
@@ -23,7 +24,9 @@ def analyze(arguments: list[str]) -> int:
         help="also change PE, position and size on this many images: some hundred passes (default: 0)",
     )
     parser.add_argument("--out", default="report", help="folder of report.html and all else (default: report)")
+    add_model(parser, "a network of your own that runs were made with")
     given = parser.parse_args(arguments)
+    use_models_of_runs(given.model, given.runs)
     from mpvg.analysis import report
 
     options = report.Options(

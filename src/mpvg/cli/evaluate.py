@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import positive, run_parser, say
+from mpvg.cli.own import add_model, use_models, use_models_of_runs
 from mpvg.validation import printable
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
     parser.add_argument("--method", default="default", help="with --recipe: the method of the file (default: default)")
     parser.add_argument("--out", metavar="DIR", help="new folder for the mistakes: mistakes.html, CSV, PNG, JSON")
+    add_model(parser)
     given = parser.parse_args(arguments)
     out = None if given.out is None else Path(given.out)
     if out is not None:
@@ -32,6 +34,7 @@ def evaluate(arguments: list[str]) -> int:
         check_output(out)
     if given.recipe is not None:
         return _evaluate_file(given, out)
+    use_models_of_runs(given.model, [given.run])
     import torch
 
     from mpvg import runs
@@ -81,6 +84,7 @@ def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
     from mpvg.runs.weights import weights_run
 
     config = replace(find(given.recipe, given.data), method=parse_method(given.method))
+    use_models(given.model, {f"the recipe {given.recipe}": config.model})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = given.batch_size or config.batch_size
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import run_parser, say
+from mpvg.cli.own import add_model, use_models_of_runs
 
 if TYPE_CHECKING:
     from mpvg.inference.export import Report
@@ -20,7 +21,9 @@ def export(arguments: list[str]) -> int:
     parser.add_argument(
         "--dynamic_size", action="store_true", help="images of any size, where the network can; it is not folded"
     )
+    add_model(parser)
     given = parser.parse_args(arguments)
+    use_models_of_runs(given.model, [given.run])
     from mpvg import runs
     from mpvg.cli.evaluate import weights_text
     from mpvg.inference.export import export_run

@@ -17,7 +17,7 @@ class Verb:
     """A verb of the command."""
 
     module: str
-    """Module of `mpvg.cli` with a function named like the verb: arguments -> exit code."""
+    """Module of `mpvg.cli` with a function named like the verb, with _ for -: arguments -> exit code."""
     help: str
 
 
@@ -27,6 +27,7 @@ VERBS = {
     "predict": Verb("predict", "name what is in images: files, folders, globs"),
     "export": Verb("export", "a run's network as ONNX, torch.export, OpenVINO or a hub folder"),
     "inspect": Verb("networks", "parameters, FLOPs and which layer receives which position embedding"),
+    "check-network": Verb("networks", "what a network of your own must do, checked"),
     "methods": Verb("networks", "the methods, as a table"),
     "models": Verb("catalog", "the networks, with size and cost"),
     "recipes": Verb("catalog", "the recipes, with data, network, epochs and what each is for"),
@@ -43,7 +44,7 @@ VERBS = {
 
 def usage() -> str:
     """The help text of the command."""
-    verbs = "\n".join(f"  {name:10s} {verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:14s} {verb.help}" for name, verb in VERBS.items())
     return (
         "usage: mpvg VERB [options]     mpvg VERB --help says more\n\n"
         f"{verbs}\n\n"
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         return _fail(unknown_name("verb", name, VERBS, near=1))
     try:
-        run = getattr(import_module(f"mpvg.cli.{VERBS[name].module}"), name)
+        run = getattr(import_module(f"mpvg.cli.{VERBS[name].module}"), name.replace("-", "_"))
         code: int = run(arguments[1:])
         return code
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved

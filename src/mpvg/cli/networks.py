@@ -4,11 +4,15 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mpvg.cli.arguments import Parser, parse_method, say
+from mpvg.cli.arguments import Parser, parse_method, positive, say
+from mpvg.cli.own import use_typed
+from mpvg.config.names import FORM
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mpvg.analysis.networks import Count, Support
 
 READOUTS = {"token": "class token", "avg": "mean over tokens", "map": "attention pooling"}
@@ -17,7 +21,11 @@ READOUTS = {"token": "class token", "avg": "mean over tokens", "map": "attention
 def inspect(arguments: list[str]) -> int:
     """Prints what a network is under a method."""
     parser = Parser(prog="mpvg inspect", description="Prints what a network is under a method.")
-    parser.add_argument("model", nargs="?", help="a network's name, such as deit_tiny_patch16_224, or timm/<name>")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a network's name, such as deit_tiny_patch16_224, timm/<name>, or FILE.py:FACTORY of your own",
+    )
     parser.add_argument("--method", default="mpvg", help="a method's name, or a spec as JSON (default: mpvg)")
     parser.add_argument("--num_classes", type=int, default=1000, help="classes of the head (default: 1000)")
     parser.add_argument("--img_size", type=int, help="side of the image in pixels (default: the network's)")
@@ -32,6 +40,7 @@ def inspect(arguments: list[str]) -> int:
 
     if given.table:
         return _print_counts(networks.parameter_table())
+    use_typed(given.model)
     size = {"num_classes": given.num_classes, "img_size": given.img_size, "in_chans": given.in_chans}
     found = networks.inspect(given.model, parse_method(given.method), **size)
     channels, height, width = found.image
@@ -110,3 +119,31 @@ def support_markdown(table: "Mapping[str, Mapping[str, Support]]") -> str:
             cells.append(f"no [{notes.index(support.refused) + 1}]" if support.refused else same)
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
+
+
+def check_network(arguments: list[str]) -> int:
+    """Checks a network of the user's own; 1: a check failed."""
+    parser = Parser(prog="mpvg check-network", description="Checks what a network of your own must do, and says why.")
+    parser.add_argument("model", help=f"what builds it: {FORM}")
+    parser.add_argument("--img_size", type=positive, help="side of the image in pixels (default: the factory's)")
+    parser.add_argument("--in_chans", type=positive, help="channels of the image (default: the factory's)")
+    given = parser.parse_args(arguments)
+    import torch
+
+    from mpvg.analysis import contract
+    from mpvg.models.own import call_factory, import_network
+
+    import_network(given.model)
+    sizes = {name: value for name in ("img_size", "in_chans") if (value := getattr(given, name)) is not None}
+
+    def build(**options: Any) -> "nn.Module":
+        return call_factory(given.model, {"num_classes": 5} | sizes | options)
+
+    torch.manual_seed(0)
+    failed = 0
+    for check in contract.check_network(build):
+        word = {True: "ok", False: "FAILED", None: "-"}[check.passed]
+        say(f"{check.name:13s} {word:7s} {check.text}")
+        failed += check.passed is False
+    say("", f"{failed} of the checks failed: see docs/own.md" if failed else "all checks passed")
+    return 1 if failed else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import complain, positive, run_parser, say
+from mpvg.cli.own import add_model, use_models_of_runs
 
 if TYPE_CHECKING:
     from mpvg.inference.backends import Backend
@@ -33,6 +34,7 @@ def predict(arguments: list[str]) -> int:
     if given.out is not None:
         _check_folder(Path(given.out))
         check_names(images)
+    use_models_of_runs(given.model, [given.run])
     backend = open_backend(given.run, given.checkpoint, ema=given.ema)
     predictor = Predictor(backend, batch_size=given.batch_size, top=given.top)
     _say_weights(given, backend)
@@ -56,6 +58,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, what in FORMATS.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=f"a new file for programs, {what}; -: standard output")
     parser.add_argument("--out", metavar="DIR", help="new folder for images with what was found, JSON or label maps")
+    add_model(parser)
     return parser.parse_args(arguments)
 
 

@@ -1,10 +1,14 @@
 """`mpvg study`, `replay`, `compare` and `demo`: several runs compared."""
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import Parser, print_table, say
+from mpvg.cli.own import add_model, use_models
+from mpvg.config.names import is_reference, same_network
 
 if TYPE_CHECKING:
     from mpvg.study.folder import StudyFolder
@@ -47,6 +51,7 @@ def study(arguments: list[str]) -> int:
         "--dry_run", action="store_true", help="print the runs, the hours here and what they can decide"
     )
     parser.add_argument("--print", action="store_true", help="print the study as YAML, to change it")
+    add_model(parser, "a network of your own that the study names; if it names none, in place of every setting's")
     given = parser.parse_args(arguments)
     from mpvg.study import plan
 
@@ -65,12 +70,13 @@ def study(arguments: list[str]) -> int:
     from mpvg.study import folder as folders
 
     out = Path(given.out or f"studies/{chosen.name}-{scale}")
+    model = _use_models(given.model, folders.StudyFolder(out, chosen, scale, data=given.data))
     if given.dry_run:
-        return _dry_run(folders.StudyFolder(out, chosen, scale, given.seeds, given.data))
+        return _dry_run(folders.StudyFolder(out, chosen, scale, given.seeds, given.data, model))
     from mpvg.study.contrasts import PILOT_SEEDS
 
     seeds = min(PILOT_SEEDS, given.seeds or PILOT_SEEDS) if given.pilot else given.seeds
-    made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data)
+    made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data, model=model)
     for (setting, arm), reason in made.refused.items():
         say(f"arm {arm} is left out of {setting}: {reason}")
     if not _run(made, given.slurm, given.workers, blind=given.pilot):
@@ -84,12 +90,14 @@ def replay(arguments: list[str]) -> int:
     parser.add_argument("ledger", help="ledger.jsonl of a study")
     parser.add_argument("--row", type=int, required=True, help="number of the line, from 1")
     parser.add_argument("--out", help="folder of the new run (default: a temporary one)")
+    add_model(parser)
     given = parser.parse_args(arguments)
     import tempfile
 
     from mpvg.study.replay import choose_row, replay
 
     row, others = choose_row(Path(given.ledger), given.row)
+    use_models(given.model, {f"row {given.row}": row.run_config().model})
     say(
         f"row {given.row}: {row.setting}, arm {row.arm}, seed {row.seed}; {row.epochs} epochs"
         + (f", {row.seconds:.0f} s then" if row.seconds else "")
@@ -111,6 +119,31 @@ def _list_studies() -> int:
     print_table(rows, right=("runs (tiny)",))
     say("", "mpvg study NAME --out DIR runs one; --print shows it as YAML, to make your own")
     return 0
+
+
+def _use_models(typed: Sequence[str], plan: "StudyFolder") -> str | None:
+    """Imports the networks that are typed; returns the one that takes the place of every setting's, if there is one.
+
+    Raises:
+        ValueError: the study names another network of the user's own than is typed, or one that is not.
+    """
+    from mpvg.study.folder import STUDY, open_folder
+
+    before = open_folder(plan.path).model if (plan.path / STUDY).exists() else None
+    own = sorted({name for name in (*plan.model_names(), before or "") if is_reference(name)})
+    for name in own:
+        if not any(same_network(name, other) for other in typed):
+            raise ValueError(
+                f"the study {plan.study.name} has the network {name}, which is code that is only imported if you name "
+                f"it yourself; add --model {shlex.quote(name)}" + (f" in place of {', '.join(typed)}" if typed else "")
+            )
+    if own or not typed:
+        use_models(typed, {f"the study {plan.study.name}, {number}": name for number, name in enumerate(own, 1)})
+        return before
+    if len(typed) > 1:
+        raise ValueError(f"--model is given {len(typed)} times, but the study names no network of your own; give one")
+    use_models(typed, {"": typed[0]})
+    return typed[0]
 
 
 def _dry_run(folder: "StudyFolder") -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 from mpvg.cli.arguments import say
 from mpvg.cli.flags import FREE, Flags, make_parser, parse_flags
+from mpvg.cli.own import use_models, use_typed
 from mpvg.config import FORMAT, RunConfig, flatten
+from mpvg.config.names import is_reference, network_label, same_network
 from mpvg.files import read_given
 from mpvg.recipes import RECIPES, recipe, scale_schedule
 from mpvg.validation import parse_config
@@ -32,16 +34,22 @@ def train(arguments: list[str]) -> int:
     if options.resume is not None:
         return _resume(options.resume, file, flags)
     config, notes = _compose(file, flags)
+    _check_typed(config.model, flags)
     if options.print_config:
         return _print_config(config)
     if not config.out:
         method = config.method if isinstance(config.method, str) else "custom"
-        name = f"{Path(config.data).name}-{config.model}-{method}-seed{config.seed}"
+        name = f"{Path(config.data).name}-{network_label(config.model)}-{method}-seed{config.seed}"
         config = replace(config, out=str(Path("runs") / name))
+    if (
+        options.auto_resume
+        and not (options.dry_run or options.measure)
+        and (Path(config.out) / "config.yaml").is_file()
+    ):
+        return _resume(config.out, file, flags)
+    use_typed(config.model)
     if options.dry_run or options.measure:
         return _print_plan(config, notes, measure=options.measure)
-    if options.auto_resume and (Path(config.out) / "config.yaml").is_file():
-        return _resume(config.out, file, flags)
     from mpvg import training
 
     if _is_first() and notes:
@@ -54,6 +62,10 @@ def _resume(path: str, file: Mapping[str, Any], flags: Flags) -> int:
     from mpvg import runs, training
 
     run = runs.load(path)
+    typed = flags.values.get("model")
+    if typed is not None and same_network(typed, run.config.model):
+        use_models([typed], {path: run.config.model})
+        flags.values["model"] = run.config.model  # which may be another path to the same file
     was = run.config.to_dict()
     now = _with_flags(_with_file(run.config, file, flags).to_dict(), flags).to_dict()
     if now != was:
@@ -80,6 +92,19 @@ def _compose(file: Mapping[str, Any], flags: Flags) -> tuple[RunConfig, list[str
         if getattr(fitted.optim, name) != getattr(base.optim, name) and f"optim.{name}" not in given
     ]
     return _with_flags(_merged(fitted.to_dict(), file), flags), notes
+
+
+def _check_typed(model: str, flags: Flags) -> None:
+    """Refuses a network that is code and whose name stands in a file only.
+
+    Raises:
+        ValueError: with the flag to type.
+    """
+    if is_reference(model) and flags.values.get("model") != model:
+        raise ValueError(
+            f"--config {flags.options.config} names the network {model}, which is code, and only a name that you type "
+            f"yourself is imported; to do so, add --model {shlex.quote(model)}"
+        )
 
 
 def _with_file(base: RunConfig, file: Mapping[str, Any], flags: Flags) -> RunConfig:

@@ -51,7 +51,7 @@ class RunConfig:
     """A named set; or a folder with train/ and val/, each with one folder per class or with tar files; or
     hfds/<name or folder> of a Hugging Face data set; or a format that was registered."""
     model: str
-    """A network's name."""
+    """A network's name; or code of your own, package.module:factory or path/file.py:factory, which must be typed."""
     method: dict[str, Any] | str = "mpvg"
     """A method's name, or the fields of a DeliverySpec."""
     task: str = "classification"

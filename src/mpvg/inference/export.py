@@ -20,6 +20,7 @@ from mpvg.inference.quantization import int8_instruction
 from mpvg.inference.resample import any_size
 from mpvg.models.fold import fold
 from mpvg.models.network import count_parameters
+from mpvg.models.own import is_own
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.validation import unknown_name
@@ -75,6 +76,8 @@ def export_run(
     """
     out = Path(out)
     _check(kind, out, int8=int8, dynamic_size=dynamic_size)
+    if is_own(run.config.model):
+        _check_own(run.config.model, kind, dynamic_size=dynamic_size)
     values = prepared.preprocessing(run)
     model = run.model(which, ema=ema)
     network = _prepare(model, kind, dynamic_size=dynamic_size)
@@ -116,6 +119,21 @@ def _check(kind: str, out: Path, *, int8: bool, dynamic_size: bool) -> None:
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; give another --out")
     need_packages(kind)
+
+
+def _check_own(name: str, kind: str, *, dynamic_size: bool) -> None:
+    """Refuses what needs a network that this package builds again by its name."""
+    if kind == HUB:
+        graphs = ", ".join(FILES)
+        raise ValueError(
+            f"a hub folder names the network, and {name} is code that nobody else has; give --format {graphs}, which "
+            "hold the network itself"
+        )
+    if dynamic_size:
+        raise ValueError(
+            f"--dynamic_size is for networks of this package, and {name} is of your own; leave it out, and train at "
+            "the size that is wanted"
+        )
 
 
 def _prepare(model: nn.Module, kind: str, *, dynamic_size: bool) -> nn.Module:

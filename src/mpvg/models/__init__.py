@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import timm
 from torch import nn
 
+from mpvg.config.names import TIMM as TIMM
 from mpvg.delivery import Method, as_spec
 from mpvg.models import ceit as ceit
 from mpvg.models import swin as swin
@@ -14,7 +15,8 @@ from mpvg.models import vit as vit
 from mpvg.models import vit_lite as vit_lite
 from mpvg.models.checkpoints import LoadReport, load_checkpoint
 from mpvg.models.convert import CONVERTED, create_converted, pretrained_mean_std
-from mpvg.models.convert import TIMM as TIMM
+from mpvg.models.mixin import DeliveryMixin
+from mpvg.models.own import create_own, is_own, register_network
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 from mpvg.validation import unknown_name
 
@@ -22,9 +24,19 @@ if TYPE_CHECKING:
     from mpvg.models.network import DeliveredNetwork
 
     # mypy checks here that every family has the type; CeiT, T2T-ViT and ViT-Lite inherit from the first.
-    _NETWORKS: tuple[type[DeliveredNetwork], ...] = (DeliveredVisionTransformer, swin.DeliveredSwinTransformer)
+    _NETWORKS: tuple[type[DeliveredNetwork], ...] = (
+        *(DeliveredVisionTransformer, swin.DeliveredSwinTransformer, DeliveryMixin),
+    )
 
-__all__ = ["LoadReport", "create_model", "load_checkpoint", "model_names", "pretrained_mean_std"]
+__all__ = [
+    "DeliveryMixin",
+    "LoadReport",
+    "create_model",
+    "load_checkpoint",
+    "model_names",
+    "pretrained_mean_std",
+    "register_network",
+]
 
 
 def model_names() -> list[str]:
@@ -45,7 +57,8 @@ def create_model(
     """Builds a network that runs a method.
 
     Args:
-        name: one of `model_names()`, such as "deit_tiny_patch16_224"; or "timm/<name>" for a converted timm network.
+        name: one of `model_names()`, such as "deit_tiny_patch16_224"; or "timm/<name>" for a converted timm network; or
+            that of a network of your own, see `register_network`.
         method: a method's name (`mpvg.METHODS`) or a DeliverySpec.
         num_classes: classes of the head; 0: no head.
         checkpoint_path: weights to start from, trained with any method; see `load_checkpoint`.
@@ -63,6 +76,9 @@ def create_model(
             "features_only is for new networks of this package without a checkpoint; build the network without it and "
             "call model.forward_intermediates(images, indices, intermediates_only=True) for the same feature maps"
         )
+    if is_own(name):
+        kwargs |= {"num_classes": num_classes, "checkpoint_path": checkpoint_path, "pos_std": pos_std}
+        return create_own(name, method, **kwargs)
     if name.startswith(TIMM):
         kwargs |= {"num_classes": num_classes, "checkpoint_path": checkpoint_path, "pos_std": pos_std}
         return create_converted(name.removeprefix(TIMM), method, **kwargs)

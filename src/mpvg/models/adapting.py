@@ -12,6 +12,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from mpvg.models.network import patch_grid
 from mpvg.validation import named
 
 Grid = tuple[int, int]
@@ -174,7 +175,7 @@ class CheckpointAdapter:
 
     def _adapt_pos_embed(self, key: str, given: Tensor, own: Tensor) -> Tensor:
         """Resamples a PE to the network's grid and removes the rows of leading tokens that the network lacks."""
-        grid: Grid = tuple(self.model.patch_embed.grid_size)
+        grid = patch_grid(self.model)
         rows_kept = own.shape[1] - math.prod(grid)
         prefix, old = self._split_rows(key, given.shape[1], grid)
         if rows_kept > prefix:
@@ -219,7 +220,7 @@ class CheckpointAdapter:
     def _adapt_bias_table(self, key: str, given: Tensor, own: Tensor) -> Tensor:
         """Resamples a table of relative position biases to the network's window size."""
         height, width = self.model.get_submodule(key.rpartition(".")[0]).window_size
-        same_image = self.grid == tuple(self.model.patch_embed.grid_size)
+        same_image = self.grid == patch_grid(self.model)
         side = math.isqrt(len(given))
         square = side * side == len(given) and side % 2 == 1
         if len(given) == len(own) and (same_image or (square and height == width)):
@@ -227,7 +228,7 @@ class CheckpointAdapter:
         if not square:
             raise ValueError(
                 f"{key} has {len(given)} rows, which is not a square window; if the file is for the model's size, "
-                f"say so: {self.report.path}::grid={'x'.join(map(str, self.model.patch_embed.grid_size))}"
+                f"say so: {self.report.path}::grid={'x'.join(map(str, patch_grid(self.model)))}"
             )
         self.report.resampled[key] = f"from windows of {(side + 1) // 2} to {height} x {width}"
         return resize_rel_pos_bias_table_simple(given, (height, width), tuple(own.shape))

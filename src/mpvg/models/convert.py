@@ -13,6 +13,7 @@ from timm.models import parse_model_name, resolve_model_input_args
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from mpvg.config.names import TIMM
 from mpvg.delivery import METHODS, DeliverySpec, Method, NetworkTraits, Pool, as_spec, resolve
 from mpvg.models.checkpoints import load_source, read_source
 from mpvg.models.network import POS_STD
@@ -22,8 +23,6 @@ from mpvg.validation import unknown_name
 
 _log = logging.getLogger(__name__)
 
-TIMM = "timm/"
-"""Prefix of the name of a converted timm network."""
 CONVERTED = "converted"
 """Name with timm, after `mpvg_`, of every converted network; its arguments say of what."""
 

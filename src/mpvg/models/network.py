@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sized
 from typing import Any, Protocol, cast
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from mpvg.delivery import DeliveredPE, DeliverySpec
@@ -41,8 +42,12 @@ class DeliveredNetwork(Protocol):
         """The module that computes, or holds, what is delivered."""
 
     @property
-    def patch_embed(self) -> Any:
-        """timm's patch embedding, or another with its `img_size`, `patch_size` and `grid_size`."""
+    def img_size(self) -> int | tuple[int, int]:
+        """Height and width of an image in pixels; one number for a square."""
+
+    @property
+    def patch_size(self) -> int | tuple[int, int]:
+        """Height and width of a patch in pixels."""
 
     @property
     def blocks(self) -> Sized:
@@ -81,6 +86,31 @@ class DeliveredNetwork(Protocol):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, in addition to biases and norms."""
+
+
+class TimmSizes:
+    """The sizes of DeliveredNetwork for a network whose `patch_embed` is timm's, or like it."""
+
+    patch_embed: Any
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        height, width = self.patch_embed.img_size
+        return height, width
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        height, width = self.patch_embed.patch_size
+        return height, width
+
+
+def patch_grid(network: Any) -> tuple[int, int]:
+    """Rows and columns of the patches of an image of the network's own size."""
+    sizes = zip(to_2tuple(network.img_size), to_2tuple(network.patch_size), strict=True)
+    rows, columns = (side // patch for side, patch in sizes)
+    return rows, columns
 
 
 def delivered_network(model: nn.Module) -> DeliveredNetwork:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, resolve
 from mpvg.models.adapting import LoadReport
 from mpvg.models.layouts import Layout
-from mpvg.models.network import POS_STD
+from mpvg.models.network import POS_STD, TimmSizes
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible, register
 from mpvg.models.staged import StagedDelivery, merged_grid
@@ -42,7 +42,7 @@ class DeliveredSwinBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.mlp(self.norm2(x)))  # Eq. (3)
 
 
-class DeliveredSwinTransformer(SwinTransformer):
+class DeliveredSwinTransformer(TimmSizes, SwinTransformer):
     """timm's SwinTransformer with an absolute PE, whose layers and Last LN receive what a method delivers.
 
     The PE has the size of the first stage's tokens. Between stages it goes through the patch merging of the tokens:

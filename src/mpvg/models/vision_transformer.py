@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpvg.delivery import DeliveredPE, DeliverySpec, Method, NetworkTraits, PositionDelivery, resolve
 from mpvg.models.adapting import LoadReport
 from mpvg.models.layouts import Layout
-from mpvg.models.network import POS_STD
+from mpvg.models.network import POS_STD, TimmSizes
 from mpvg.models.probing import Probe
 from mpvg.models.registry import check_divisible
 
@@ -54,7 +54,7 @@ class DeliveredBlock(Block):
         return x + self.drop_path1(self.ls1(attention(attended, attn_mask=attn_mask, is_causal=is_causal)))  # Eq. (2)
 
 
-class DeliveredVisionTransformer(VisionTransformer):
+class DeliveredVisionTransformer(TimmSizes, VisionTransformer):
     """timm's VisionTransformer whose layers and Last LN receive what a method delivers.
 
     Args:

@@ -26,6 +26,7 @@ from mpvg.data.inventory import Inventory, first_difference
 from mpvg.data.types import Preprocess, Split
 from mpvg.files import atomic_write, is_temporary, read_regular, remove_leftovers, write_json
 from mpvg.models.checkpoints import load_weights
+from mpvg.models.own import Factory, register_network
 from mpvg.runs.checkpoints import Which, checkpoint_folder, has_best, verify, warn
 from mpvg.runs.environment import environment
 from mpvg.runs.lock import LOCK
@@ -223,18 +224,25 @@ class Run:
         return [*names, *(f"{EMA}{name}" for name in names if self.config.ema_decay)]
 
 
-def load(path: str | Path) -> Run:
+def load(path: str | Path, model: Factory | None = None) -> Run:
     """Reads a run folder.
+
+    Args:
+        path: the folder.
+        model: the factory of the run's network, if that is of your own; see `mpvg.register_network`.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: its config or data description is damaged.
+        ValueError: its config or data description is damaged, or a factory is given for a network of this package.
     """
     path = Path(path)
     for name in ("config.yaml", "data.json"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path} holds no run: {name} is missing; give a folder that `mpvg train` made")
-    return Run(path, read_config(path / "config.yaml"), read_info(path / "data.json"))
+    run = Run(path, read_config(path / "config.yaml"), read_info(path / "data.json"))
+    if model is not None:
+        register_network(run.config.model, model)
+    return run
 
 
 def create_run(config: RunConfig, info: DataInfo, inventories: Mapping[Split, Inventory] | None = None) -> Run:

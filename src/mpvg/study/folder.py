@@ -21,6 +21,7 @@ import yaml
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
+from mpvg.models.own import NotImportedError
 from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
 from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
@@ -42,6 +43,8 @@ class StudyFolder:
     """Repetitions of each arm; None: as many as each setting says."""
     data: str | None = None
     """Data in place of each setting's own."""
+    model: str | None = None
+    """A network of the user's own in place of each setting's."""
 
     @property
     def ledger(self) -> Path:
@@ -52,23 +55,30 @@ class StudyFolder:
     def refused(self) -> dict[tuple[str, str], str]:
         """(setting, arm) -> why its network cannot run the arm."""
         found: dict[tuple[str, str], str] = {}
-        for cell in make_cells(self.study, self.scale, self.path, seeds=1, data=self.data):
+        for cell in self._planned(seeds=1):
             try:
                 with torch.device("meta"):
                     _build(cell.config)
                     if cell.pretrain is not None:
                         _build(cell.pretrain)
+            except NotImportedError:
+                raise
             except ValueError as error:
                 found[cell.setting, cell.arm] = str(error)
         return found
 
-    def planned(self) -> list[Cell]:
-        """The runs of the plan, also those that a network cannot do."""
-        return make_cells(self.study, self.scale, self.path, seeds=self.seeds, data=self.data)
-
     def cells(self) -> list[Cell]:
         """The runs of the study, without those that a network cannot do."""
-        return [cell for cell in self.planned() if (cell.setting, cell.arm) not in self.refused]
+        return [cell for cell in self._planned(self.seeds) if (cell.setting, cell.arm) not in self.refused]
+
+    def model_names(self) -> list[str]:
+        """The networks that the study names."""
+        configs = [config for cell in self._planned(seeds=1) for config in (cell.config, cell.pretrain)]
+        return sorted({config.model for config in configs if config is not None})
+
+    def _planned(self, seeds: int | None) -> list[Cell]:
+        """The runs of the plan, also those that a network cannot do."""
+        return make_cells(self.study, self.scale, self.path, seeds=seeds, data=self.data, model=self.model)
 
     def rows(self) -> list[Row]:
         """The finished runs.
@@ -77,7 +87,7 @@ class StudyFolder:
             ValueError: the ledger is damaged, or a row is of another study or of another config than the plan's.
         """
         rows = read_ledger(self.ledger)
-        planned = {cell.key: cell.config.digest() for cell in self.planned()}
+        planned = {cell.key: cell.config.digest() for cell in self._planned(self.seeds)}
         for number, row in enumerate(rows, 1):
             other = (row.study, row.scale) != (self.study.name, self.scale)
             if other or planned.get(row.key, row.digest) != row.digest:
@@ -127,19 +137,25 @@ def _build(config: RunConfig) -> None:
 
 
 def make_folder(
-    path: Path, study: Study, scale: str, *, seeds: int | None = None, data: str | None = None
+    path: Path,
+    study: Study,
+    scale: str,
+    *,
+    seeds: int | None = None,
+    data: str | None = None,
+    model: str | None = None,
 ) -> StudyFolder:
     """Makes the folder of a study, or opens the one that is there to go on with it.
 
     Raises:
         OSError: it cannot be written.
-        ValueError: it holds another study, or another scale or other data of it.
+        ValueError: it holds another study, or another scale, other data or another network of it.
     """
     study.settings(scale)
-    folder = StudyFolder(path, study, scale, seeds, data)
+    folder = StudyFolder(path, study, scale, seeds, data, model)
     if (path / STUDY).exists():
         found = open_folder(path)
-        for name in ("study", "scale", "data"):
+        for name in ("study", "scale", "data", "model"):
             if getattr(found, name) != getattr(folder, name):
                 was, now = ((f.study.name if name == "study" else getattr(f, name)) for f in (found, folder))
                 what = f"another {name} ({was}, now {now})" if was != now else "the study with other arms or settings"
@@ -148,8 +164,11 @@ def make_folder(
             return found
     elif path.exists() and not all(is_temporary(entry.name) for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty and holds no study; give another --out")
+    if not folder.cells():
+        raise ValueError(f"no network can run an arm of {study.name}: {next(iter(folder.refused.values()))}")
     path.mkdir(parents=True, exist_ok=True)
-    values = {**to_dict(study), "run": {"scale": scale, "seeds": seeds, "data": data}}
+    run = {"scale": scale, "seeds": seeds, "data": data} | ({} if model is None else {"model": model})
+    values = {**to_dict(study), "run": run}
     atomic_text(path / STUDY, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
     return folder
 
@@ -173,7 +192,9 @@ def open_folder(path: Path) -> StudyFolder:
         scale, seeds, data = str(run.get("scale")), run.get("seeds"), run.get("data")
         check("run.scale", scale, scale in study.scales, ", ".join(study.scales))
         check("run.seeds", seeds, seeds is None or (type(seeds) is int and 1 <= seeds <= 10_000), "a whole number >= 1")
-        check("run.data", data, data is None or isinstance(data, str), "a text")
+        model = run.get("model")
+        for name, value in (("data", data), ("model", model)):
+            check(f"run.{name}", value, value is None or isinstance(value, str), "a text")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return StudyFolder(path, study, scale, seeds, data)
+    return StudyFolder(path, study, scale, seeds, data, model)

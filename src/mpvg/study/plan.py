@@ -250,7 +250,7 @@ def _check_setting(setting: Setting, arms: Sequence[Arm], name: str) -> None:
             make_config(before, arm)
 
 
-def make_config(setting: Setting, arm: Arm, *, data: str | None = None) -> RunConfig:
+def make_config(setting: Setting, arm: Arm, *, data: str | None = None, model: str | None = None) -> RunConfig:
     """The config of an arm in a setting, for any seed and folder.
 
     Raises:
@@ -258,6 +258,7 @@ def make_config(setting: Setting, arm: Arm, *, data: str | None = None) -> RunCo
     """
     try:
         config = _with_fields(_with_fields(recipe(setting.recipe, data), setting.set), arm.set)
+        config = config if model is None else replace(config, model=model)
         as_spec(config.method)
         return config
     except ValueError as error:
@@ -280,7 +281,15 @@ def _with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
-def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None, data: str | None = None) -> list[Cell]:
+def make_cells(
+    study: Study,
+    scale: str,
+    out: Path,
+    *,
+    seeds: int | None = None,
+    data: str | None = None,
+    model: str | None = None,
+) -> list[Cell]:
     """The runs of a study, in the order in which they are best done: every arm has a seed before one has the next.
 
     Runs on a CPU have one thread, so that their bits do not depend on the number of cores.
@@ -291,6 +300,7 @@ def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None,
         out: the study's folder.
         seeds: repetitions of each arm; None: those of the setting.
         data: replaces the data of every setting.
+        model: replaces the network of every setting.
 
     Raises:
         ValueError: there is no such scale.
@@ -299,7 +309,7 @@ def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None,
     cells = []
     for setting in study.settings(scale):
         before = _pretraining(setting)
-        configs = [(arm, replace(make_config(setting, arm, data=data), **place)) for arm in study.arms]
+        configs = [(arm, replace(make_config(setting, arm, data=data, model=model), **place)) for arm in study.arms]
         for number in range(seeds or setting.seeds):
             for arm, config in configs:
                 seed = arm.first_seed + number
@@ -307,7 +317,7 @@ def make_cells(study: Study, scale: str, out: Path, *, seeds: int | None = None,
                 config = replace(cell.config, out=str(out / cell.folder))
                 if before is not None:
                     start = f"pretrained/{setting.name}/{arm.name}/seed{seed}"
-                    first = replace(make_config(before, arm), **place, seed=seed, out=str(out / start))
+                    first = replace(make_config(before, arm, model=model), **place, seed=seed, out=str(out / start))
                     config = replace(config, network=replace(config.network, init=start))
                     cell = replace(cell, pretrain=first)
                 cells.append(replace(cell, config=config))

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from mpvg import runs, training
 from mpvg.config import RunConfig
 from mpvg.files import read_regular
+from mpvg.models.own import Networks, networks, use_networks
 from mpvg.runs.checkpoints import CHECKSUMS, MAX_JSON_BYTES, checkpoint_folder
 from mpvg.runs.environment import commit, hardware
 from mpvg.runs.lock import RunLockedError
@@ -141,7 +142,9 @@ def run_study(folder: StudyFolder, workers: int | None = None, *, blind: bool = 
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     processes = [
-        context.Process(target=_worker, args=(folder.path, errors, number % gpus if gpus else None))
+        context.Process(
+            target=_worker, args=(folder.path, errors, number % gpus if gpus else None, networks(folder.model_names()))
+        )
         for number in range(count)
     ]
     console = Console(soft_wrap=True, highlight=False)
@@ -172,12 +175,13 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def _worker(path: Path, errors: Any, gpu: int | None) -> None:
-    """A worker process."""
+def _worker(path: Path, errors: Any, gpu: int | None, known: Networks) -> None:
+    """A worker process; `known`: the networks of the user's own that the process which started it has imported."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        use_networks(known)
         work(path)
     except KeyboardInterrupt as stop:
         sys.exit(getattr(stop, "exit_code", 130))

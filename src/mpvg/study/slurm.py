@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from mpvg.models.own import Networks, networks, use_networks
 from mpvg.study.folder import StudyFolder
 from mpvg.study.runner import work
 from mpvg.validation import shown
@@ -19,7 +20,14 @@ MAX_REQUEUES = 1000
 
 
 class Worker:
-    """What a job does; a job that runs out of time saves its run and is put back into the queue, where it continues."""
+    """What a job does; a job that runs out of time saves its run and is put back into the queue, where it continues.
+
+    Args:
+        known: the networks of the user's own that the process which submits it has imported.
+    """
+
+    def __init__(self, known: Networks | None = None) -> None:
+        self.known = dict(known or {})
 
     def __call__(self, path: str) -> None:
         """Takes runs of the study in a folder until none is missing."""
@@ -37,6 +45,7 @@ class Worker:
         signal.signal(TIME_IS_NEARLY_UP, stop)
         signal.signal(signal.SIGTERM, end)
         try:
+            use_networks(self.known)
             work(Path(path))
         except KeyboardInterrupt:
             if warned and callable(requeue):
@@ -102,5 +111,5 @@ def submit(folder: StudyFolder, options: str, workers: int) -> list[Any]:
         raise ValueError(
             f"--slurm {shown(options)} is refused by submitit ({reason}); give sbatch's names with _ for -"
         ) from error
-    jobs: list[Any] = executor.map_array(Worker(), [str(folder.path.resolve())] * workers)
+    jobs: list[Any] = executor.map_array(Worker(networks(folder.model_names())), [str(folder.path.resolve())] * workers)
     return jobs
