@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_networks import FAMILIES, build, images
 from torch import Tensor
-from untrained_runs import make_run
 
 from mpvg import fold
 from mpvg.analysis import explore
 from mpvg.analysis.explore import INPUT, Changes, ExploredRun, ask, receiving
 from mpvg.analysis.probe import LAST
 from mpvg.inference import Predictor
+from small_networks import FAMILIES, build, images
+from untrained_runs import make_run
 
 
 def one(model: Any) -> Tensor:
@@ -99,9 +99,7 @@ def test_an_exchange_twice_is_none_and_its_order_does_not_matter() -> None:
     twice = explore.apply(once, changes)
     assert all(a is b for a, b in zip(twice.per_layer, delivered.per_layer, strict=True))
     image = one(model)
-    assert torch.equal(
-        ask(model, image, changes).logits, ask(model, image, Changes(exchanged=("3", "1"))).logits
-    )
+    assert torch.equal(ask(model, image, changes).logits, ask(model, image, Changes(exchanged=("3", "1"))).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
