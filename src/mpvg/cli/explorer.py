@@ -1,4 +1,4 @@
-"""The page of `mpvg explore`: Gradio's components around `mpvg.analysis.explore`, and a server for this machine only."""
+"""The page of `mpvg explore`: Gradio components around `mpvg.analysis.explore`, served to this machine."""
 
 import os
 import re
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
-from threading import Event
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -244,7 +243,7 @@ def wait() -> None:
     """Returns at Ctrl-C; SIGTERM ends the process, too, after everything is cleaned up."""
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        Event().wait()
+        threading.Event().wait()
     except KeyboardInterrupt:
         return
     finally:
