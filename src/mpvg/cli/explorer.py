@@ -219,6 +219,7 @@ def launched(page: Any, port: int | None = None) -> Iterator[str]:
     try:
         yield str(page.local_url)
     finally:
+        page.server.force_exit = True  # a browser that still shows the page would be waited for
         page.close(verbose=False)
 
 
