@@ -1,5 +1,6 @@
 """The page of `mpvg explore`: Gradio components around `mpvg.analysis.explore`, served to this machine."""
 
+import logging
 import os
 import re
 import signal
@@ -219,7 +220,9 @@ def launched(page: Any, port: int | None = None) -> Iterator[str]:
     try:
         yield str(page.local_url)
     finally:
-        page.server.force_exit = True  # a browser that still shows the page would be waited for
+        # A browser that still shows the page would be waited for; what is cut off then complains.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        page.server.force_exit = True
         page.close(verbose=False)
 
 
