@@ -75,7 +75,10 @@ def what_is_said(explored: ExploredRun, selected: Selected, now: Answer, plain: 
     maps = [_picture(to_rgb(now.image, explored.run.info), "the image", "as the network receives it")]
     last = next((place for place in now.places if place.name == LAST), None)
     if last is not None and now.norms_after is not None:
-        maps += [_norms(last.norms, "before the Last LN"), _norms(now.norms_after, "after it, with its PE")]
+        maps += [
+            _norms(last.norms, "before the Last LN"),
+            _norms(now.norms_after, "after it, with its PE" if last.delivered else "after it"),
+        ]
     layers = [_norms(place.norms, f"layer {place.name}") for place in now.places if place.name != LAST]
     return (
         f'<div class="explored">{table(printable(caption), ("class", "now", "unchanged"), rows)}'
