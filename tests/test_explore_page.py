@@ -114,7 +114,7 @@ def wait_for_change(page: Any, before: str, number: int = 0) -> None:
 
 
 def texts(page: Any) -> list[str]:
-    return page.locator(".explored table").all_text_contents()  # type: ignore[no-any-return]
+    return page.locator(".explored table").all_text_contents()
 
 
 def expected(explored: ExploredRun, number: int, changes: Changes) -> dict[str, list[str]]:

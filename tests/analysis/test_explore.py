@@ -109,7 +109,12 @@ def test_the_input_pe_alone_is_changed(family: str) -> None:
     image, before = one(model), model.deliver(model.raw_pos_embed())
     seen = []
     original = model.delivery.forward
-    model.delivery.forward = lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append(original(*arguments, **named))
+        return seen[-1]
+
+    model.delivery.forward = watched
     assert not torch.equal(ask(model, image, Changes(factors={INPUT: 2.0})).logits, ask(model, image).logits)
     for delivered in seen:
         assert torch.equal(delivered.carry, before.carry)
@@ -301,4 +306,4 @@ def test_a_run_of_another_task_is_refused(explored: ExploredRun) -> None:
             return object()
 
     with pytest.raises(ValueError, match=r"the explorer shows probabilities of classes; give a run of classification"):
-        ExploredRun(Dense())  # type: ignore[arg-type]
+        ExploredRun(Dense())
