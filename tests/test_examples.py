@@ -1,5 +1,7 @@
 """The examples run, and say what the package says."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +43,39 @@ def test_the_script_of_onnx_runtime_needs_no_torch_and_agrees(run: Path, tmp_pat
         said, value = line.removeprefix(f"{file}: ").split(" ")[:2]
         assert abs(float(value) - 100 * share) < 1
         assert said == name
+
+
+def test_the_gradio_app_says_what_the_predictor_says(run: Path, tmp_path: Path) -> None:
+    """Asked over HTTP by Gradio's client, in a process of its own: Gradio leaves event loops open."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 21, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+    script = f"""
+import json, sys, warnings
+sys.path.insert(0, {str(EXAMPLES)!r})
+import gradio_app
+from gradio_client import Client, handle_file
+page = gradio_app.build({str(run)!r})
+_, address, shared = page.launch(prevent_thread_lock=True, quiet=True, **gradio_app.LOCAL)
+client = Client(address, verbose=False, analytics_enabled=False)
+found = client.predict(handle_file({str(tmp_path / "a.png")!r}), api_name="/label")
+try:
+    client.predict(handle_file({str(tmp_path / "b.png")!r}), api_name="/label")
+    refused = None
+except Exception as error:
+    refused = str(error)
+page.close(verbose=False)
+print(json.dumps([address, shared, found, refused]))
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path), "GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    address, shared, found, refused = json.loads(done.stdout.splitlines()[-1])
+    assert address.startswith("http://127.0.0.1:")
+    assert shared is None
+    (prediction,) = Predictor(run).predict(tmp_path / "a.png")
+    said = {one["label"]: one["confidence"] for one in found["confidences"]}
+    assert said == pytest.approx(dict(prediction.classes), abs=1e-6)  # type: ignore[attr-defined]
+    assert "cannot be read" in refused
+    assert len((EXAMPLES / "gradio_app.py").read_text().splitlines()) < 50

@@ -171,7 +171,7 @@ def test_shuffled_and_swapped_are_other_deliveries() -> None:
     assert "deliver" not in vars(model)
     answers = []
     for change in (lambda pe: pe.flip(1), lambda pe: original.per_layer[3]):
-        with sensitivity.change_delivery(model, lambda d, c=change: sensitivity._replace(d, 2, c(d.per_layer[2]))):
+        with sensitivity.change_delivery(model, lambda d, c=change: sensitivity.replace_pe(d, 2, c(d.per_layer[2]))):
             answers.append(model(some.batches[0][0]))
     assert not torch.equal(answers[0], answers[1])
 
@@ -200,7 +200,7 @@ def test_a_swap_needs_another_pe_of_the_same_shape() -> None:
 @pytest.mark.parametrize(("right", "down"), [(1, 0), (-1, 0), (0, 1), (0, -1), (3, 0), (0, -2)])
 def test_a_shift_moves_the_image_and_repeats_its_border(right: int, down: int) -> None:
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    actual = sensitivity._shifted(image, right, down)[0, 0]
+    actual = sensitivity.shifted(image, right, down)[0, 0]
     for row in range(4):
         for column in range(4):
             y, x = (min(3, max(0, at)) for at in (row - down, column - right))

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from mpvg.analysis.findings import AnalyzedRun, RunsByConfig, layer_names
-from mpvg.analysis.probe import LAST, SampleImage
+from mpvg.analysis.probe import LAST
 from mpvg.analysis.sensitivity import KINDS, Sensitivity
 from mpvg.data import DataInfo, denormalize
 
@@ -39,9 +40,9 @@ def draw(groups: RunsByConfig, folder: Path) -> dict[str, Path]:
     return pictures
 
 
-def to_rgb(sample: SampleImage, info: DataInfo) -> NDArray[Any]:
-    """The pixels of a sample image without the normalization, `(H, W, 3)` in [0, 1]."""
-    pixels = denormalize(sample.image, info).clamp(0, 1).permute(1, 2, 0).numpy()
+def to_rgb(image: Tensor, info: DataInfo) -> NDArray[Any]:
+    """The pixels of an image `(C, H, W)` without the normalization, `(H, W, 3)` in [0, 1]."""
+    pixels = denormalize(image, info).clamp(0, 1).permute(1, 2, 0).numpy()
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
@@ -140,7 +141,7 @@ def _norms(groups: RunsByConfig) -> Any:
             if number < len(one.result.samples):
                 sample = one.result.samples[number]
                 maps = {"before the Last LN": norm_map(sample.before), "after it": norm_map(sample.after)}
-                rows.append((name, to_rgb(sample, one.run.info), maps))
+                rows.append((name, to_rgb(sample.image, one.run.info), maps))
     return figures.norm_maps(rows, "Norms of the tokens") if rows else None
 
 

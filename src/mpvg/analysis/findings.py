@@ -226,8 +226,7 @@ def _layer(stats: LayerStats, counts: Tensor, weights: Tensor | None) -> tuple[L
     mean = MeanCorrelation(stats.after, counts, stats.pe)
     draws = None if weights is None else mean.pearson(weights)
     r = _estimate(float(mean.pearson()), draws)
-    split = zip(statistics.split_positions(stats.after), statistics.split_positions(stats.pe), strict=True)
-    constant, positional = (_part(MeanCorrelation(maps, counts, pe), mean, r, weights) for maps, pe in split)
+    constant, positional = parts(stats.after, counts, stats.pe, mean, r, weights)
     side = round(len(stats.pe) ** 0.5)
     found = LayerFindings(
         name=stats.name,
@@ -249,7 +248,7 @@ def _layer(stats: LayerStats, counts: Tensor, weights: Tensor | None) -> tuple[L
     return found, draws
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What the constant or the positional part has of a layer's r, covariance and variances."""
 
     r: Estimate
@@ -258,7 +257,16 @@ class _Part(NamedTuple):
     pe_variance: float
 
 
-def _part(part: MeanCorrelation, whole: MeanCorrelation, r: Estimate, weights: Tensor | None) -> _Part:
+def parts(
+    sums: Tensor, counts: Tensor, pe: Tensor, whole: MeanCorrelation, r: Estimate, weights: Tensor | None = None
+) -> tuple[Part, Part]:
+    """The constant and the positional part of a layer, given the whole and its r; other arguments as its."""
+    split = zip(statistics.split_positions(sums), statistics.split_positions(pe), strict=True)
+    constant, positional = (_part(MeanCorrelation(maps, counts, one), whole, r, weights) for maps, one in split)
+    return constant, positional
+
+
+def _part(part: MeanCorrelation, whole: MeanCorrelation, r: Estimate, weights: Tensor | None) -> Part:
     """A part of a layer, given the whole and its r."""
 
     def estimate(value: Callable[[Tensor | None], Tensor], *, interval: bool = True) -> Estimate:
@@ -267,7 +275,7 @@ def _part(part: MeanCorrelation, whole: MeanCorrelation, r: Estimate, weights: T
     variance = estimate(lambda drawn: part.variance(drawn) / whole.variance(drawn))
     pe_variance = part.pe_variance / whole.pe_variance if whole.pe_variance > 0 else math.nan
     known = variance.value > ROUNDING and pe_variance > ROUNDING
-    return _Part(
+    return Part(
         r=estimate(part.pearson) if known else Estimate(math.nan),
         covariance=estimate(lambda drawn: part.covariance(drawn) / whole.covariance(drawn), interval=r.sign != 0),
         variance=variance,

@@ -208,7 +208,7 @@ def _norms(groups: RunsByConfig) -> dict[str, Any]:
     for name, one in shown:
         key = f"{one.run.config.data} {one.run.info.img_size}"
         samples = one.result.samples
-        images.setdefault(key, [_png(to_rgb(sample, one.run.info)) for sample in samples])
+        images.setdefault(key, [embedded_rgb(to_rgb(sample.image, one.run.info)) for sample in samples])
         maps = [{"before": _rounded(sample.before), "after": _rounded(sample.after)} for sample in samples]
         maps_by_run.append({"name": name, "images": key, "maps": maps, "auc": _auc(one.trained)})
     return {"images": images, "runs": maps_by_run, "colors": color_map(steps=9)}
@@ -225,7 +225,8 @@ def _rounded(norms: Tensor) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in norm_map(norms).tolist()]
 
 
-def _png(pixels: NDArray[Any]) -> str:
+def embedded_rgb(pixels: NDArray[Any]) -> str:
+    """Pixels `(H, W, 3)` in [0, 1] as the address of a PNG that contains it."""
     from PIL import Image
 
     file = io.BytesIO()

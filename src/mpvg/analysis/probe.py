@@ -177,16 +177,12 @@ class _Collector:
         self._add_last(_rows(tokens), _rows(normed), pe, patches=self.prefix)
 
     def _add(self, name: str, tokens: Tensor, normed: Tensor, pe: Tensor | None) -> None:
-        before, after = (_rows(value)[:, self.prefix :].cpu().double() for value in (tokens, normed))
+        before, after = (patch_tokens(value, self.prefix) for value in (tokens, normed))
         stats = self.layers.get(name)
         if stats is None:
-            compared = (self.raw if pe is None else pe[0]).detach().cpu().double()
-            if len(compared) == before.shape[1] + self.prefix:  # the rows of the prefix tokens come first
-                compared = compared[self.prefix :]
-            fits = compared.shape == before.shape[1:]
             stats = self.layers[name] = LayerStats(
                 name,
-                compared if fits else None,
+                comparable_pe(self.raw if pe is None else pe[0], before[0], self.prefix),
                 pe is not None,
                 torch.zeros_like(before[0]),
                 before.new_zeros(self.groups, *before.shape[1:]),
@@ -236,6 +232,23 @@ class _Collector:
         return ProbeResult(
             self.counts, self.correct, self.nll, list(self.layers.values()), self.last_norm, self.samples
         )
+
+
+def patch_tokens(tokens: Tensor, prefix: int) -> Tensor:
+    """The tokens of patches `(B, N, C)`, float64 on the CPU, of tokens `(B, ..., C)` with `prefix` others first."""
+    return _rows(tokens)[:, prefix:].cpu().double()
+
+
+def comparable_pe(pe: Tensor, tokens: Tensor, prefix: int) -> Tensor | None:
+    """A PE `(rows, C)` as tokens of patches `(N, C)` are compared with it: float64, without the rows of the prefix.
+
+    Returns:
+        `(N, C)`; None: it has another shape, as the raw PE has in the later stages of a staged network.
+    """
+    pe = pe.detach().cpu().double()
+    if len(pe) == len(tokens) + prefix:  # the rows of the prefix tokens come first
+        pe = pe[prefix:]
+    return pe if pe.shape == tokens.shape else None
 
 
 def _rows(tokens: Tensor) -> Tensor:

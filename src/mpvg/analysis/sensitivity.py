@@ -117,12 +117,12 @@ def importance(model: nn.Module, batches: CachedBatches) -> list[Importance]:
     """Changes what one place receives, each place in turn; the other places and the chain stay as they are."""
     network = delivered_network(model)
     delivered = network.deliver(network.raw_pos_embed())
-    names = [*map(str, range(len(delivered.per_layer))), LAST]
-    pes = {place: pe for place in range(len(names)) if (pe := _get(delivered, place)) is not None}
+    names = place_names(delivered)
+    pes = {place: pe for place in range(len(names)) if (pe := pe_at(delivered, place)) is not None}
     unchanged = evaluate(model, batches).metrics
 
     def change(place: int, pe: Tensor | None) -> Change:
-        with change_delivery(model, lambda original: _replace(original, place, pe)):
+        with change_delivery(model, lambda original: replace_pe(original, place, pe)):
             changed = evaluate(model, batches).metrics
         return Change(changed["accuracy"] - unchanged["accuracy"], changed["nll"] - unchanged["nll"])
 
@@ -162,15 +162,24 @@ def replacements(pe: Tensor, prefix: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 @contextmanager
-def change_delivery(model: nn.Module, change: Callable[[DeliveredPE], DeliveredPE]) -> Iterator[None]:
-    """Applies a function to everything that a network delivers, inside a `with` block."""
+def change_delivery(
+    model: nn.Module, change: Callable[[DeliveredPE], DeliveredPE], *, input_factor: float = 1.0
+) -> Iterator[None]:
+    """Applies a function to everything that a network delivers, inside a `with` block.
+
+    Args:
+        model: a network of this package.
+        change: is given what layers and Last LN receive, and returns what they shall receive.
+        input_factor: of the PE that is added to the tokens before layer 0; what is delivered is computed without it.
+    """
     network: Any = model
-    original = network.deliver
-    network.deliver = lambda pos, grid=None: change(original(pos, grid))
+    raw, original = network.raw_pos_embed, network.deliver
+    network.raw_pos_embed = lambda grid=None: raw(grid) if input_factor == 1 else input_factor * raw(grid)
+    network.deliver = lambda pos, grid=None: change(original(pos if input_factor == 1 else raw(grid), grid))
     try:
         yield
     finally:
-        del network.deliver  # the attribute of the instance, which hid the method of the class
+        del network.deliver, network.raw_pos_embed  # attributes of the instance, which hid the methods of the class
 
 
 def translation(model: nn.Module, batches: CachedBatches) -> dict[int, float]:
@@ -187,7 +196,7 @@ def translation(model: nn.Module, batches: CachedBatches) -> dict[int, float]:
         same = 0
         for right, down in ((pixels, 0), (-pixels, 0), (0, pixels), (0, -pixels)):
             for (images, _), classes in zip(batches.epoch(), before, strict=True):
-                same += int((model(_shifted(images, right, down)).argmax(dim=1) == classes).sum())
+                same += int((model(shifted(images, right, down)).argmax(dim=1) == classes).sum())
         kept[pixels] = same / (4 * count)
     return kept
 
@@ -208,6 +217,11 @@ def resolutions(model: nn.Module, batches: CachedBatches) -> dict[int, float | N
     return found
 
 
+def place_names(delivered: DeliveredPE) -> list[str]:
+    """The names of all layers, in order, and of the Last LN."""
+    return [*map(str, range(len(delivered.per_layer))), LAST]
+
+
 def _neighbor(pes: dict[int, Tensor], place: int) -> int | None:
     """The next place, or else the previous one, whose PE has the same shape."""
     places = list(pes)
@@ -216,19 +230,21 @@ def _neighbor(pes: dict[int, Tensor], place: int) -> int | None:
     return next((other for other in near if pes[other].shape == pes[place].shape), None)
 
 
-def _get(delivered: DeliveredPE, layer: int) -> Tensor | None:
+def pe_at(delivered: DeliveredPE, layer: int) -> Tensor | None:
     """The PE of a layer; the number after the last layer stands for the Last LN."""
     return delivered.last if layer == len(delivered.per_layer) else delivered.per_layer[layer]
 
 
-def _replace(delivered: DeliveredPE, layer: int, pe: Tensor | None) -> DeliveredPE:
+def replace_pe(delivered: DeliveredPE, layer: int, pe: Tensor | None) -> DeliveredPE:
+    """The same with another PE of a layer, numbered as in `pe_at`; None: nothing."""
     if layer == len(delivered.per_layer):
         return delivered._replace(last=pe)
     per_layer = delivered.per_layer
     return delivered._replace(per_layer=(*per_layer[:layer], pe, *per_layer[layer + 1 :]))
 
 
-def _shifted(images: Tensor, right: int, down: int) -> Tensor:
+def shifted(images: Tensor, right: int, down: int) -> Tensor:
+    """Images `(B, C, H, W)` moved by some pixels; the rows and columns that become free repeat the border."""
     height, width = images.shape[-2:]
     pad = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
     top, left = max(-down, 0), max(-right, 0)

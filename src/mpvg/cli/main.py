@@ -34,6 +34,7 @@ VERBS = {
     "runs": Verb("runs", "list run folders, with their state"),
     "plot": Verb("runs", "draw the curves of several runs"),
     "analyze": Verb("analyze", "what position embeddings do inside runs: numbers, figures and report.html"),
+    "explore": Verb("explore", "a page on which one changes what the layers receive, and sees the probabilities"),
     "compare": Verb("compare", "complete runs against one another: means, intervals, tests"),
     "study": Verb("study", "arms x networks x seeds, with registered questions; ends with tables and verdicts"),
     "replay": Verb("study", "run one line of a study's ledger again, and compare"),

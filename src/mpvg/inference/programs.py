@@ -38,12 +38,12 @@ def need_packages(kind: str) -> None:
 
 
 @contextmanager
-def from_extra() -> Iterator[None]:
+def from_extra(extra: str = "export") -> Iterator[None]:
     """Around imports of optional packages: what is not installed becomes a ValueError with the command for it."""
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; it comes with: pip install 'mpvg[export]'") from error
+        raise ValueError(f"{error.name} is not installed; it comes with: pip install 'mpvg[{extra}]'") from error
 
 
 def trace(network: nn.Module, example: Tensor, patch: tuple[int, int] | None = None) -> ExportedProgram:
