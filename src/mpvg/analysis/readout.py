@@ -15,7 +15,7 @@ from mpvg.analysis.readouts import ATTENTION, READOUTS, Features, check_memory, 
 from mpvg.analysis.trained import Trained
 from mpvg.models.tokens import TokenReader
 from mpvg.runs.environment import environment
-from mpvg.statistics import FoldDifference, fold_difference, verdict
+from mpvg.statistics import FoldDifference, Interval, fold_difference, verdict
 
 FOLDS = 10
 MARGIN = 0.01
@@ -127,7 +127,8 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
     accuracy, nll = (
         fold_difference(values, MARGIN) for values in ([s.accuracy for s in found], [s.nll for s in found])
     )
-    return Scored(name, *(Estimate(one.difference, one.interval) for one in (accuracy, nll)), found)
+    share = Interval(max(0.0, accuracy.interval.low), min(1.0, accuracy.interval.high))
+    return Scored(name, Estimate(accuracy.difference, share), Estimate(nll.difference, nll.interval), found)
 
 
 def compare(scored: Sequence[Scored], images: int) -> list[Compared]:

@@ -95,6 +95,8 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     if not isinstance(model, DeliveredVisionTransformer):
         raise ValueError(f"{type(model).__name__} has windows or strides that are made for one image size")
     found: Any = copy.deepcopy(model)
+    if not isinstance(found.pos_embed, nn.Parameter):
+        raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
     check_divisible(size, found.patch_embed.patch_size)
     prefix = 0 if found.no_embed_class else found.num_prefix_tokens
 
@@ -107,6 +109,8 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     except AssertionError as error:
         raise ValueError(f"{type(model).__name__} does not take {_named(size)}: {error}") from error
     del found._resample
+    with torch.no_grad():  # timm's method resamples in its own way
+        found.pos_embed.copy_(resample(model.get_parameter("pos_embed"), found.patch_embed.grid_size))
     return found.eval()
 
 
