@@ -9,7 +9,7 @@ from torch import Tensor
 STRENGTHS = (1e-1, 1e-2, 1e-3)
 """Strengths of the L2 penalty that are tried on a held-out fifth of the training part."""
 _HELD_OUT = 5
-_EPOCHS, _BATCH, _RATE = 10, 256, 1e-2  # of the attention query
+_EPOCHS, _STEPS, _BATCH, _RATE = 10, 300, 256, 1e-2  # of the attention query; at least so many epochs and steps
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def fit_query(tokens: Tensor, targets: Tensor, classes: int, train: Tensor, seed
         weight = torch.zeros(classes, tokens.shape[-1], requires_grad=True)
         bias = torch.zeros(classes, requires_grad=True)
         optimizer = torch.optim.AdamW([query, weight, bias], lr=_RATE, weight_decay=1e-3)
-        for _ in range(_EPOCHS):
+        for _ in range(max(_EPOCHS, -(-_STEPS * _BATCH // len(train)))):
             for chosen in train[torch.randperm(len(train), generator=generator)].split(_BATCH):
                 optimizer.zero_grad()
                 logits = attend(tokens[chosen].float(), query) @ weight.T + bias

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mpvg import statistics
 from mpvg.analysis.sensitivity import KINDS, CachedBatches, Change, replacements
 from mpvg.analysis.trained import Trained
-
 from mpvg.files import atomic_text, write_json
 from mpvg.models.tokens import TokenReader, layers_of
 from mpvg.pages import fill, table

@@ -191,7 +191,9 @@ def conclude(scored: Sequence[Scored], compared: Sequence[Compared]) -> str:
             words.setdefault(kind, []).append(
                 one.second + (f" ({one.word.partition(': ')[2]})" if ": " in one.word else "")
             )
-    parts = [f"{kind} {'than' if kind in ('higher', 'lower') else 'against'} {', '.join(w)}" for kind, w in words.items()]
+    parts = [
+        f"{kind} {'than' if kind in ('higher', 'lower') else 'against'} {', '.join(w)}" for kind, w in words.items()
+    ]
     return f"{said}; {'; '.join(parts)}." if parts else f"{said}; nothing was compared with it."
 
 

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ TEMPLATE = Path(__file__).with_name("resolutions.html")
 MAX_SIDE = 4096
 MARGIN = 0.01
 """Difference in accuracy that matters."""
+ALPHA = 0.05
 RESAMPLERS = {
     "bicubic": "bicubic",
     "antialias": "bicubic, antialiased, as timm does",
@@ -51,7 +52,9 @@ class AtSize:
     """In nats."""
     against: Estimate | None
     """Accuracy minus that of "antialias" on the same images; None: it is this one."""
-    word: str
+    p: float | None = None
+    """Two-sided, of no difference, by a paired t test; with Holm's correction for all comparisons."""
+    word: str = "-"
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ def measure(
     if not rows:
         raise ValueError("; ".join(f"size {name}: {reason}" for name, reason in refused.items()))
     images = sum(len(targets) for _, targets in batches)
+    rows = _with_words(rows, images)
     return Resolutions(network, weights, data, images, rows, refused, conclude(rows))
 
 
@@ -194,18 +198,42 @@ def _rows(size: str, values: dict[str, tuple[Tensor, Tensor]]) -> list[AtSize]:
         accuracy = Estimate(share, statistics.proportion_interval(share, len(correct)))
         mean = Estimate(*statistics.mean_and_interval(nll.tolist()))
         pair = None if name == "antialias" else Estimate(*statistics.mean_and_interval((correct - base).tolist()))
-        found.append(AtSize(size, name, accuracy, mean, pair, "-" if pair is None else _word(pair, len(correct))))
+        found.append(AtSize(size, name, accuracy, mean, pair, None if pair is None else _p(correct - base)))
     return found
 
 
-def _word(pair: Estimate, images: int) -> str:
+def _p(differences: Tensor) -> float:
+    """p of no difference, from one difference for each image."""
+    from scipy.stats import ttest_1samp
+
+    if bool((differences == differences[0]).all()):
+        return float(differences[0] == 0)
+    return float(ttest_1samp(differences.numpy(), 0.0).pvalue)
+
+
+def _with_words(rows: Sequence[AtSize], images: int) -> list[AtSize]:
+    """The rows with corrected p and their words."""
+    from statsmodels.stats.multitest import multipletests
+
+    given = [row.p for row in rows if row.p is not None]
+    corrected = iter(multipletests(given, method="holm")[1] if given else ())
+    found = []
+    for row in rows:
+        if row.against is not None:
+            p = float(next(corrected))
+            row = replace(row, p=p, word=_word(row.against, p, images))
+        found.append(row)
+    return found
+
+
+def _word(pair: Estimate, p: float, images: int) -> str:
     """The word for a paired difference; equivalent if its 95 % interval lies within the margin."""
     ends = pair.interval or (-1.0, 1.0)
     within = max(map(abs, ends)) < MARGIN
     needed = round(images * ((ends[1] - ends[0]) / 2 / MARGIN) ** 2 * 2)
     return verdict(
         pair.value,
-        differs=pair.sign != 0,
+        differs=p < ALPHA,
         equivalent=f"equivalent within {100 * MARGIN:g} point" if within else None,
         undecided=f"undecided: needs {max(needed, images + 1):,} images",
     )
@@ -223,7 +251,7 @@ def conclude(rows: Sequence[AtSize]) -> str:
         return f"Choose {' or '.join(better)}: higher than antialias at a size, and lower at none."
     if lower:
         return f"Choose antialias: {' and '.join(lower)} lower at a size, and nothing is higher at every size."
-    if all(word.startswith("equivalent") for found in words.values() for word in found):
+    if all(word.endswith("point") for found in words.values() for word in found):
         return "Choose antialias, timm's: the others are equivalent at every size."
     return "Choose antialias, timm's: nothing is shown to be higher; some comparisons are undecided."
 

@@ -178,4 +178,3 @@ def _trained(model: nn.Module, config: RunConfig, listing: Listing, split: Split
     return Trained(
         model=model.to(device).eval(), config=config, info=info, listing=listing, split=split, device=device, **said
     )
-

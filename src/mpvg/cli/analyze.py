@@ -19,7 +19,9 @@ def analyze(arguments: list[str]) -> int:
     )
     parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
     parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly (default: 1000)")
-    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last (default), best; or timm/NAME's file")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="WHICH", help="last (default), best; or timm/NAME's file"
+    )
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
     parser.add_argument("--random", action="store_true", help="timm/NAME: random weights, which are refused otherwise")
     parser.add_argument(
@@ -38,7 +40,11 @@ def analyze(arguments: list[str]) -> int:
     if given.random:
         raise ValueError("--random is for timm/NAME, and a run has weights; leave it out")
     options = report.Options(
-        data=given.data, images=given.images, which=which(given.checkpoint), ema=given.ema, sensitivity_images=given.beyond
+        data=given.data,
+        images=given.images,
+        which=which(given.checkpoint),
+        ema=given.ema,
+        sensitivity_images=given.beyond,
     )
     made = report.analyze(given.runs, Path(given.out), options)
     say(f"weights: {options.weights}")
