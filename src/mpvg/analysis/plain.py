@@ -214,11 +214,12 @@ REPLACED_HEAD = ("PE replaced by", "cosine of features", "change of accuracy, po
 
 def place_rows(found: Plain) -> list[list[str]]:
     """The table of the layers."""
-    return [
-        [p.name, f"{p.norm_patches:.2f}", "-" if p.norm_prefix is None else f"{p.norm_prefix:.2f}"]
-        + [f"{p.largest:.1f}", str(p.channel), f"{p.rank:.1f}"]
-        for p in found.places
-    ]
+    rows = []
+    for place in found.places:
+        prefix = "-" if place.norm_prefix is None else f"{place.norm_prefix:.2f}"
+        others = f"{place.largest:.1f}", str(place.channel), f"{place.rank:.1f}"
+        rows.append([place.name, f"{place.norm_patches:.2f}", prefix, *others])
+    return rows
 
 
 def replaced_rows(found: Plain) -> list[list[str]]:

@@ -13,7 +13,7 @@ def readout(arguments: list[str]) -> int:
     parser = Parser(
         prog="mpvg readout",
         description=text,
-        usage="mpvg readout DATA --model timm/NAME --checkpoint FILE [options]\n       mpvg readout [DATA] RUN [options]",
+        usage="mpvg readout DATA --model timm/NAME --checkpoint FILE [...]\n       mpvg readout [DATA] RUN [...]",
     )
     parser.add_argument("what", nargs="+", metavar="DATA or RUN", help="data set or folder, and without --model a run")
     parser.add_argument("--model", metavar="timm/NAME", help="one of timm's vision transformers")
