@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpvg.analysis import linear_probe, plain, readout, readouts, resolutions
+from mpvg.analysis.findings import Estimate
 from mpvg.analysis.sensitivity import CachedBatches
 from mpvg.cli.main import main
 from mpvg.data import ImageBatch
@@ -153,7 +154,7 @@ def test_attention_probe_finds_the_token_that_tells_the_class() -> None:
 
 def test_words_of_a_comparison() -> None:
     def scored(name: str, values: list[float]) -> readout.Scored:
-        mean = readout.Estimate(sum(values) / len(values))
+        mean = Estimate(sum(values) / len(values))
         return readout.Scored(name, mean, mean, [linear_probe.Score(value, 1.0) for value in values])
 
     best = scored("mean", [0.90, 0.91, 0.90, 0.91, 0.90])

@@ -69,7 +69,7 @@ def fit_probe(
             optimizer.zero_grad()
             penalty = (free * scale).square().sum()  # the vectors are orthonormal
             value = F.cross_entropy(turned @ free.T + bias, targets) + strength / 2 * penalty
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value.item()
 
         optimizer.step(loss)
@@ -138,7 +138,7 @@ def fit_query(tokens: Tensor, targets: Tensor, classes: int, train: Tensor, seed
             for chosen in train[torch.randperm(len(train), generator=generator)].split(_BATCH):
                 optimizer.zero_grad()
                 logits = attend(tokens[chosen].float(), query) @ weight.T + bias
-                F.cross_entropy(logits, targets[chosen]).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(logits, targets[chosen]).backward()
                 optimizer.step()
     return query.detach()
 

@@ -203,8 +203,8 @@ def _places(model: nn.Module, reader: TokenReader, batches: CachedBatches) -> tu
             if not tokens.after.isfinite().all():
                 raise ValueError("the tokens of the network contain NaN or infinite values; use another checkpoint")
             sums[-1].add(tokens.before)
-            means = [part[:, reader.prefix :].double().mean(dim=1) for part in tokens]
-            similar.append(F.cosine_similarity(*means, dim=1))
+            before, after = (part[:, reader.prefix :].double().mean(dim=1) for part in tokens)
+            similar.append(F.cosine_similarity(before, after, dim=1))
     return [one.place() for one in sums], float(torch.cat(similar).mean())
 
 

@@ -40,7 +40,7 @@ class Features:
 
 def impossible(reader: TokenReader) -> dict[str, str]:
     """The read-outs that a network cannot have, with the reason."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     if not reader.class_token:
         reasons |= dict.fromkeys(("token", "both"), "the network has no class token")
     if reader.last_norm is None:
