@@ -285,3 +285,10 @@ def test_bad_input_is_one_line(trained: Path, capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_few_images_without_a_difference_are_no_equivalence() -> None:
+    same = readout.Scored("mean", Estimate(1.0), Estimate(0.0), [linear_probe.Score(1.0, 0.0)] * 5)
+    pair = readout.compare([same, same], 40)[0]
+    assert pair.word == "undecided: needs 301 images"
+    assert readout.compare([same, same], 400)[0].word == "equivalent within 1 point"

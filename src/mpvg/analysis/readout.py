@@ -150,11 +150,14 @@ def compare(scored: Sequence[Scored], images: int) -> list[Compared]:
 
 
 def _word(found: FoldDifference, p: float, images: int, pairs: int) -> str:
-    needed = images_needed(found.error, images, pairs)
+    # Where no image of n differs, up to a share of 3 / n may differ.
+    needed = max(images_needed(found.error, images, pairs), round(3 / MARGIN) + 1)
     return verdict(
         found.difference,
         differs=p < ALPHA,
-        equivalent=f"equivalent within {100 * MARGIN:g} point" if found.p_equivalent < ALPHA else None,
+        equivalent=f"equivalent within {100 * MARGIN:g} point"
+        if found.p_equivalent < ALPHA and 3 / images < MARGIN
+        else None,
         undecided=f"undecided: needs {needed:,} images" if needed > images else f"undecided with {images:,} images",
     )
 

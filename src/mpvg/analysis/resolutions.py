@@ -229,8 +229,9 @@ def _with_words(rows: Sequence[AtSize], images: int) -> list[AtSize]:
 def _word(pair: Estimate, p: float, images: int) -> str:
     """The word for a paired difference; equivalent if its 95 % interval lies within the margin."""
     ends = pair.interval or (-1.0, 1.0)
-    within = max(map(abs, ends)) < MARGIN
-    needed = round(images * ((ends[1] - ends[0]) / 2 / MARGIN) ** 2 * 2)
+    # Where no image of n differs, up to a share of 3 / n may differ.
+    within = max(*map(abs, ends), 3 / images) < MARGIN
+    needed = max(round(images * ((ends[1] - ends[0]) / 2 / MARGIN) ** 2 * 2), round(3 / MARGIN) + 1)
     return verdict(
         pair.value,
         differs=p < ALPHA,

@@ -45,7 +45,7 @@ VERBS = {
 
 def usage() -> str:
     """The help text of the command."""
-    verbs = "\n".join(f"  {name:10s} {verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:12s} {verb.help}" for name, verb in VERBS.items())
     return (
         "usage: mpvg VERB [options]     mpvg VERB --help says more\n\n"
         f"{verbs}\n\n"
