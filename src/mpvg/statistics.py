@@ -173,6 +173,62 @@ def difference_and_interval(values: list[float], others: list[float]) -> tuple[f
     return difference, Interval(difference - half, difference + half)
 
 
+class FoldDifference(NamedTuple):
+    """What the folds of a cross-validation say about a difference."""
+
+    difference: float
+    interval: Interval
+    error: float
+    """Standard error."""
+    p: float
+    """Two-sided, of no difference."""
+    p_equivalent: float
+    """Of a difference of the margin or more, by two one-sided tests."""
+
+
+def fold_difference(differences: list[float], margin: float) -> FoldDifference:
+    """Mean of paired differences over the folds of a cross-validation, with the corrected resampled t.
+
+    The training parts overlap, so that the folds are not independent: the variance of the mean is that of the folds
+    times 1 / folds + 1 / (folds - 1), the share of tested to trained images.
+
+    Args:
+        differences: one for each fold, at least two.
+        margin: the smallest difference that matters, > 0.
+
+    Source:
+        Nadeau and Bengio, Inference for the Generalization Error, 2003.
+    """
+    from scipy.stats import t
+
+    sample, count = torch.tensor(differences, dtype=torch.float64), len(differences)
+    mean = float(sample.mean())
+    error = float(sample.std()) * math.sqrt(1 / count + 1 / (count - 1))
+    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, count - 1)) * error
+    room = margin - abs(mean)
+    if error == 0:
+        p, p_equivalent = float(mean == 0), float(room <= 0)
+    else:
+        p, p_equivalent = 2 * float(t.sf(abs(mean) / error, count - 1)), float(t.sf(room / error, count - 1))
+    return FoldDifference(mean, Interval(mean - half, mean + half), error, p, p_equivalent)
+
+
+def verdict(difference: float, *, differs: bool, equivalent: str | None, undecided: str) -> str:
+    """The word for a difference; docs/statistics.md says when which is used.
+
+    Args:
+        difference: its sign says higher or lower.
+        differs: whether a test shows it.
+        equivalent: what it is if it is shown to be smaller than the margin, such as "equivalent within 0.01"; None: it
+            is not shown.
+        undecided: what to say if neither is shown.
+    """
+    if differs:
+        direction = "higher" if difference > 0 else "lower"
+        return direction if equivalent is None else f"{direction}, but {equivalent}"
+    return undecided if equivalent is None else equivalent
+
+
 def split_positions(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Splits maps into what is the same at every position, and the rest.
 

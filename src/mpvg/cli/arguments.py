@@ -58,6 +58,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number >= 0, as the type of an argument."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a whole number >= 0")
+    return int(text)
+
+
 def add_weights(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds the arguments that choose a run's weights."""
     help = f"the last weights, or those of the best epoch on the run's validation set (default: {default})"

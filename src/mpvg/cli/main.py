@@ -35,6 +35,8 @@ VERBS = {
     "plot": Verb("runs", "draw the curves of several runs"),
     "analyze": Verb("analyze", "what position embeddings do inside runs: numbers, figures and report.html"),
     "explore": Verb("explore", "a page on which one changes what the layers receive, and sees the probabilities"),
+    "readout": Verb("readout", "class token, mean or another read-out of a frozen network, on your data"),
+    "resolutions": Verb("resolutions", "a run's accuracy at other image sizes, with three ways to resample the PE"),
     "compare": Verb("compare", "complete runs against one another: means, intervals, tests"),
     "study": Verb("study", "arms x networks x seeds, with registered questions; ends with tables and verdicts"),
     "replay": Verb("study", "run one line of a study's ledger again, and compare"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpvg.statistics import CONFIDENCE_LEVEL, Interval
+from mpvg.statistics import CONFIDENCE_LEVEL, Interval, verdict
 from mpvg.study.plan import Contrast, Study
 
 ALPHA = 0.05
@@ -75,17 +75,14 @@ class Result:
     @property
     def word(self) -> str:
         """The verdict: higher, lower, equivalent within the margin, or undecided."""
-        equivalent = f"equivalent within {self.margin:g}"
-        if self.differs:
-            direction = "higher" if self.difference > 0 else "lower"
-            return f"{direction}, but {equivalent}" if self.is_equivalent else direction
-        if self.is_equivalent:
-            return equivalent
         if not self.can_differ:
-            return f"undecided: needs {self.needed} seeds ({self.seeds} cannot show a difference)"
-        if self.needed <= self.seeds:
-            return f"undecided with {self.seeds} seeds"
-        return f"undecided: needs {self.needed} seeds"
+            undecided = f"undecided: needs {self.needed} seeds ({self.seeds} cannot show a difference)"
+        elif self.needed <= self.seeds:
+            undecided = f"undecided with {self.seeds} seeds"
+        else:
+            undecided = f"undecided: needs {self.needed} seeds"
+        equivalent = f"equivalent within {self.margin:g}" if self.is_equivalent else None
+        return verdict(self.difference, differs=self.differs, equivalent=equivalent, undecided=undecided)
 
 
 def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:

@@ -1,0 +1,288 @@
+"""`mpvg resolutions`: a run's network at other image sizes, its position embedding (PE) resampled in several ways."""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpvg import statistics
+from mpvg.analysis.findings import Estimate
+from mpvg.analysis.numbers import estimate_text
+from mpvg.data import ImageBatch
+from mpvg.files import atomic_text
+from mpvg.models.network import delivered_network
+from mpvg.models.registry import check_divisible
+from mpvg.models.vision_transformer import DeliveredVisionTransformer
+from mpvg.pages import fill, table
+from mpvg.runs.environment import commit, environment, hardware
+from mpvg.statistics import verdict
+
+TEMPLATE = Path(__file__).with_name("resolutions.html")
+MAX_SIDE = 4096
+MARGIN = 0.01
+"""Difference in accuracy that matters."""
+ALPHA = 0.05
+RESAMPLERS = {
+    "bicubic": "bicubic",
+    "antialias": "bicubic, antialiased, as timm does",
+    "offset": "bicubic with DINOv2's offset: scale (grid + 0.1) / old grid",
+}
+"""The ways to resample a PE -> what each is."""
+_OFFSET = 0.1  # facebookresearch/dinov2: interpolate_offset
+Size = tuple[int, int]
+"""Height and width of an image in pixels."""
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """A network at one image size with one way to resample its PE."""
+
+    size: str
+    resampler: str
+    accuracy: Estimate
+    """In [0, 1]."""
+    nll: Estimate
+    """In nats."""
+    against: Estimate | None
+    """Accuracy minus that of "antialias" on the same images; None: it is this one."""
+    p: float | None = None
+    """Two-sided, of no difference, by a paired t test; with Holm's correction for all comparisons."""
+    word: str = "-"
+
+
+@dataclass(frozen=True)
+class Resolutions:
+    """What `mpvg resolutions` found."""
+
+    network: str
+    weights: str
+    data: str
+    images: int
+    rows: list[AtSize]
+    refused: dict[str, str]
+    """Size -> why the network cannot take it."""
+    sentence: str
+    """Which resampling to choose."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return {**asdict(self), "margin": MARGIN, "environment": environment()}
+
+
+def parse_size(text: str) -> Size:
+    """A size such as "224", or "320x224" for height x width.
+
+    Raises:
+        ValueError: it is no such size, or a side is 0 or larger than 4,096.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    sides = () if found is None else (int(found[1]), int(found[2] or found[1]))
+    if len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides):
+        raise ValueError(f"size {text!r} is not allowed; give 224, or 320x224 (height x width), each 1 to {MAX_SIDE:,}")
+    return sides
+
+
+def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
+    """A copy of a network for another image size; the chain of LN' is computed from the resampled raw PE.
+
+    Raises:
+        ValueError: the network cannot take the size.
+    """
+    if not isinstance(model, DeliveredVisionTransformer):
+        raise ValueError(f"{type(model).__name__} has windows or strides that are made for one image size")
+    found: Any = copy.deepcopy(model)
+    if not isinstance(found.pos_embed, nn.Parameter):
+        raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
+    check_divisible(size, found.patch_embed.patch_size)
+    prefix = 0 if found.no_embed_class else found.num_prefix_tokens
+
+    def resample(pos: Tensor, grid: Size, old: Size | None = None) -> Tensor:
+        return resample_pos(pos, grid, old or model.patch_embed.grid_size, prefix, resampler)
+
+    found._resample = resample
+    try:
+        found.set_input_size(img_size=size)
+    except AssertionError as error:
+        raise ValueError(f"{type(model).__name__} does not take {_named(size)}: {error}") from error
+    del found._resample
+    with torch.no_grad():  # timm's method resamples in its own way
+        found.pos_embed.copy_(resample(model.get_parameter("pos_embed"), found.patch_embed.grid_size))
+    return found.eval()
+
+
+def resample_pos(pos: Tensor, grid: Size, old: Size, prefix: int, resampler: str) -> Tensor:
+    """A PE `(1, prefix + old rows * old columns, D)` on another grid of patches, by one of `RESAMPLERS`."""
+    if tuple(grid) == tuple(old):
+        return pos
+    maps = pos[:, prefix:].unflatten(1, tuple(old)).permute(0, 3, 1, 2)
+    if resampler == "offset":
+        # With a scale factor that is a little too large, each point is read a little nearer to the origin.
+        scale = [(new + _OFFSET) / was for new, was in zip(grid, old, strict=True)]
+        made = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+        if made.shape[-2:] != tuple(grid):
+            raise ValueError(f"the offset of 0.1 gives {tuple(made.shape[-2:])} in place of {tuple(grid)} patches")
+    else:
+        made = F.interpolate(maps, size=tuple(grid), mode="bicubic", antialias=resampler == "antialias")
+    return torch.cat([pos[:, :prefix], made.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module, batches: Sequence[ImageBatch], sizes: Sequence[Size], *, network: str, weights: str, data: str
+) -> Resolutions:
+    """Evaluates a network at several image sizes, on the same images with each resampling.
+
+    Images are resized from the network's own size (bicubic, antialiased), so that a larger image has no more detail.
+
+    Args:
+        model: of a run, in evaluation mode, on the device of the batches.
+        batches: prepared images at the network's size.
+        sizes: height and width.
+        network: its name, for the report.
+        weights: which they are, in words.
+        data: name of the data.
+
+    Raises:
+        ValueError: the network can take none of the sizes, or there is no image.
+    """
+    if not batches:
+        raise ValueError("no image could be read; give data with readable images")
+    rows: list[AtSize] = []
+    refused: dict[str, str] = {}
+    own = tuple(delivered_network(model).patch_embed.img_size)
+    for size in dict.fromkeys(sizes):
+        name = _named(size)
+        try:
+            networks = {one: at_size(model, size, one) for one in (("antialias",) if size == own else RESAMPLERS)}
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        values = {one: _values(changed, batches, size) for one, changed in networks.items()}
+        rows += _rows(name, values)
+    if not rows:
+        raise ValueError("; ".join(f"size {name}: {reason}" for name, reason in refused.items()))
+    images = sum(len(targets) for _, targets in batches)
+    rows = _with_words(rows, images)
+    return Resolutions(network, weights, data, images, rows, refused, conclude(rows))
+
+
+def _values(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> tuple[Tensor, Tensor]:
+    """Whether each image is classified correctly, and the NLL of its class, `(images,)`, float64."""
+    pairs = list(_pass(model, batches, size))
+    correct, nll = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
+    if not nll.isfinite().all():
+        raise ValueError(f"the outputs at {_named(size)} contain NaN or infinite values; use another checkpoint")
+    return correct, nll
+
+
+def _pass(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, targets in batches:
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        logits = model(images).double()
+        yield (logits.argmax(dim=1) == targets).double(), F.cross_entropy(logits, targets, reduction="none")
+
+
+def _rows(size: str, values: dict[str, tuple[Tensor, Tensor]]) -> list[AtSize]:
+    found = []
+    base = values["antialias"][0]
+    for name, (correct, nll) in values.items():
+        share = float(correct.mean())
+        accuracy = Estimate(share, statistics.proportion_interval(share, len(correct)))
+        mean = Estimate(*statistics.mean_and_interval(nll.tolist()))
+        pair = None if name == "antialias" else Estimate(*statistics.mean_and_interval((correct - base).tolist()))
+        found.append(AtSize(size, name, accuracy, mean, pair, None if pair is None else _p(correct - base)))
+    return found
+
+
+def _p(differences: Tensor) -> float:
+    """p of no difference, from one difference for each image."""
+    from scipy.stats import ttest_1samp
+
+    if bool((differences == differences[0]).all()):
+        return float(differences[0] == 0)
+    return float(ttest_1samp(differences.numpy(), 0.0).pvalue)
+
+
+def _with_words(rows: Sequence[AtSize], images: int) -> list[AtSize]:
+    """The rows with corrected p and their words."""
+    from statsmodels.stats.multitest import multipletests
+
+    given = [row.p for row in rows if row.p is not None]
+    corrected = iter(multipletests(given, method="holm")[1] if given else ())
+    found = []
+    for row in rows:
+        if row.against is not None:
+            p = float(next(corrected))
+            row = replace(row, p=p, word=_word(row.against, p, images))
+        found.append(row)
+    return found
+
+
+def _word(pair: Estimate, p: float, images: int) -> str:
+    """The word for a paired difference; equivalent if its 95 % interval lies within the margin."""
+    ends = pair.interval or (-1.0, 1.0)
+    # Where no image of n differs, up to a share of 3 / n may differ.
+    within = max(*map(abs, ends), 3 / images) < MARGIN
+    needed = max(round(images * ((ends[1] - ends[0]) / 2 / MARGIN) ** 2 * 2), round(3 / MARGIN) + 1)
+    return verdict(
+        pair.value,
+        differs=p < ALPHA,
+        equivalent=f"equivalent within {100 * MARGIN:g} point" if within else None,
+        undecided=f"undecided: needs {max(needed, images + 1):,} images",
+    )
+
+
+def conclude(rows: Sequence[AtSize]) -> str:
+    """Which resampling to choose, in one sentence."""
+    words = {name: [row.word for row in rows if row.resampler == name] for name in ("bicubic", "offset")}
+    if not any(words.values()):
+        return "Only the network's own size was measured, at which nothing is resampled."
+    higher = [name for name, found in words.items() if any(w == "higher" for w in found)]
+    lower = [name for name, found in words.items() if any(w == "lower" for w in found)]
+    better = [name for name in higher if name not in lower]
+    if better:
+        return f"Choose {' or '.join(better)}: higher than antialias at a size, and lower at none."
+    if lower:
+        return f"Choose antialias: {' and '.join(lower)} lower at a size, and nothing is higher at every size."
+    if all(word.endswith("point") for found in words.values() for word in found):
+        return "Choose antialias, timm's: the others are equivalent at every size."
+    return "Choose antialias, timm's: nothing is shown to be higher; some comparisons are undecided."
+
+
+def cells(row: AtSize) -> list[str]:
+    """A row of the table: size, resampling, accuracy, NLL, difference to antialias, word."""
+    difference = "-" if row.against is None else estimate_text(row.against, scale=100)
+    accuracy, nll = estimate_text(row.accuracy, scale=100, signed=False), estimate_text(row.nll, signed=False)
+    return [row.size, row.resampler, accuracy, nll, difference, row.word]
+
+
+HEAD = ("size", "PE resampled by", "accuracy, %", "nll", "minus antialias, points", "than antialias")
+
+
+def write_page(found: Resolutions, path: Path) -> None:
+    """Writes the page that has everything in it."""
+    rows = [(escape(first), [escape(cell) for cell in others]) for first, *others in map(cells, found.rows)]
+    refused = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in found.refused.items())
+    ways = "".join(f"<li>{name}: {escape(text)}</li>" for name, text in RESAMPLERS.items())
+    parts = {
+        "title": escape(f"{found.network} at other image sizes"),
+        "sentence": escape(found.sentence),
+        "about": escape(f"{found.images:,} images of {found.data}; weights: {found.weights}; 95 % intervals."),
+        "rows": table("Accuracy and NLL", HEAD, rows),
+        "ways": f"<ul>{ways}</ul>",
+        "refused": f"<h2>Sizes that the network cannot take</h2><ul>{refused}</ul>" if refused else "",
+        "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
+    }
+    atomic_text(path, fill(TEMPLATE, parts))
+
+
+def _named(size: Size) -> str:
+    return f"{size[0]}" if size[0] == size[1] else f"{size[0]}x{size[1]}"

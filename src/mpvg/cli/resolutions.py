@@ -1,0 +1,53 @@
+"""`mpvg resolutions`: a run at other image sizes."""
+
+from pathlib import Path
+
+from mpvg.cli.arguments import Parser, add_weights, positive, print_table, say
+
+
+def resolutions(arguments: list[str]) -> int:
+    """Prints accuracy and NLL at several image sizes, and how to resample the PE."""
+    text = "Accuracy and NLL of a run at other image sizes, with the position embedding resampled in three ways."
+    parser = Parser(prog="mpvg resolutions", description=text)
+    parser.add_argument("run", metavar="RUN", help="folder that `mpvg train` made")
+    parser.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help="224, or 320x224: height x width")
+    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
+    parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
+    add_weights(parser, "last")
+    parser.add_argument("--json", metavar="FILE", help="also writes every number")
+    parser.add_argument("--out", metavar="DIR", help="new folder for resolutions.html and resolutions.json")
+    given = parser.parse_args(arguments)
+    import torch
+
+    from mpvg import runs
+    from mpvg.analysis import resolutions as question
+    from mpvg.analysis.trained import check_classification
+    from mpvg.files import whole_folder, write_json
+    from mpvg.inference.mistakes import check_output
+    from mpvg.runs.checkpoints import SELECTED
+    from mpvg.runs.memory import evaluation_cure, memory_errors
+
+    sizes = [question.parse_size(size) for size in given.sizes]
+    if given.out is not None:
+        check_output(Path(given.out))
+    run = runs.load(given.run)
+    check_classification(run)
+    device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
+    weights = f"{'averaged, ' if given.ema else ''}{given.checkpoint}{SELECTED[given.checkpoint]}"
+    with memory_errors(evaluation_cure("fewer --samples, or smaller --sizes")):
+        model = run.model(given.checkpoint, ema=given.ema).to(device)
+        batches = list(run.validation(device, data=given.data, images=given.samples).epoch())
+        found = question.measure(
+            model, batches, sizes, network=Path(given.run).name, weights=weights, data=given.data or run.config.data
+        )
+    say(f"{given.run}: {found.images:,} validation images of {found.data}; weights: {weights}; 95 % intervals", "")
+    print_table([question.HEAD, *map(question.cells, found.rows)], right=question.HEAD[2:5])
+    say("", *(f"size {name} is left out: {reason}" for name, reason in found.refused.items()), found.sentence)
+    if given.json:
+        write_json(Path(given.json), found.to_dict())
+    if given.out is not None:
+        with whole_folder(Path(given.out).absolute()) as folder:
+            question.write_page(found, folder / "resolutions.html")
+            write_json(folder / "resolutions.json", found.to_dict())
+        say(f"page: {Path(given.out) / 'resolutions.html'}")
+    return 0
