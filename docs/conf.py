@@ -70,8 +70,8 @@ def public_names(package: str) -> list[str]:
 
 def listed_names(section: str) -> list[str]:
     """The full names of a section of api.md: those of the package in its heading, and those that its text names."""
-    package = section.split(maxsplit=1)[0]
-    names = [f"{package}.{name}" for name in public_names(package)]
+    title = section.split("\n", 1)[0]
+    names = [f"{title}.{name}" for name in public_names(title)] if title.startswith("mpvg") else []
     return names + [name for name in re.findall(r"`(mpvg\.[\w.]+)`", section) if name not in names]
 
 
@@ -95,18 +95,18 @@ def directive(name: str, value: Any) -> str:
 
 
 def documented(api: str) -> dict[str, dict[str, Any]]:
-    """Package -> full name -> object, of the text of api.md; an object that two packages have is at the first."""
+    """Heading -> full name -> object, of the text of api.md; an object with several names is where the first is."""
     seen: list[Any] = []
-    packages: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for section in re.split(r"^## ", api, flags=re.MULTILINE)[1:]:
-        found = packages[section.split(maxsplit=1)[0]] = {}
+        found = sections[section.split("\n", 1)[0]] = {}
         for name in listed_names(section):
             module, _, attribute = name.rpartition(".")
             value = getattr(importlib.import_module(module), attribute)
             if not any(value is other for other in seen):
                 found[name] = value
                 seen.append(value)
-    return packages
+    return sections
 
 
 def add_docstrings(api: str) -> str:
@@ -115,7 +115,10 @@ def add_docstrings(api: str) -> str:
     head, *sections = re.split(r"^## ", api, flags=re.MULTILINE)
     text = head
     for section in sections:
-        blocks = [directive(name, value) for name, value in objects[section.split(maxsplit=1)[0]].items()]
+        blocks = [directive(name, value) for name, value in objects[section.split("\n", 1)[0]].items()]
+        if not blocks:
+            text += f"## {section}"
+            continue
         text += f"## {section.rstrip()}\n\n```{{eval-rst}}\n" + "\n".join(blocks) + "```\n\n"
     return text
 
