@@ -38,6 +38,7 @@ html_copy_source = False
 html_show_sphinx = False
 
 nitpicky = True  # a reference to nothing is a warning, and `make docs` makes warnings errors
+suppress_warnings = ["ref.python"]  # the builtin `set` in annotations, for which the fields `set` of a study are taken
 nitpick_ignore_regex = [
     ("py:.*", r"(?!mpvg\.).*"),  # other packages, whose pages would have to be fetched
     ("py:class", r"mpvg\..*\.B(_co)?"),  # type variables

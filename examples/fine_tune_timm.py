@@ -2,8 +2,8 @@
 
 python fine_tune_timm.py RUN [NAME WEIGHTS DATA]
 
-DATA has train/ and val/ with one folder per class in each. Without NAME, a small ViT with random weights and drawn images
-show that everything works, without a download.
+DATA has train/ and val/ with one folder per class in each. Without NAME, a small ViT with random weights and drawn
+images show that everything works, without a download.
 """
 
 import sys
@@ -38,7 +38,7 @@ def make_inputs(folder: Path) -> tuple[str, Path, Path]:
 
 def main(out: Path, name: str, weights: Path, data: Path, epochs: int = 4) -> float:
     """Returns the accuracy on the validation images."""
-    # With start="preserve", the network begins with the outputs of the original, and every LN' learns from the first step.
+    # start="preserve": the outputs are those of the original at first, and every LN' learns from the first step.
     original = timm.create_model(name, checkpoint_path=str(weights)).eval()
     converted = mpvg.convert(original, "mpvg", start="preserve")
     size = original.pretrained_cfg["input_size"]

@@ -71,7 +71,7 @@ def test_every_page_with_examples_is_run() -> None:
 
 
 def test_every_public_function_has_an_example() -> None:
-    """One that runs, in a page or a tutorial's script, which tests/test_tutorials.py runs. Types come with functions."""
+    """One that runs, in a page or in a tutorial's script; types come with functions."""
     conf = runpy.run_path(str(ROOT / "docs/conf.py"))
     objects = conf["documented"]((ROOT / "docs/api.md").read_text())
     names = {name for found in objects.values() for name, value in found.items() if inspect.isfunction(value)}
