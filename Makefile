@@ -43,6 +43,13 @@ docs: $(STAMP) ## build the site from docs/ into build/docs; a warning is an err
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	@echo "build/docs/index.html"
 
+dist: $(STAMP) ## build wheel and sdist, check them, and try them in empty environments; fetches gigabytes
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[release]'
+	$(VENV)/bin/python .ci/dist.py
+
+oldest: $(STAMP) ## a part of the tests with the oldest versions that pyproject.toml allows; fetches gigabytes
+	$(VENV)/bin/python .ci/oldest.py
+
 demo: OUT ?= demo
 demo: $(STAMP) ## train and compare on data that needs no download: DATA=digits OUT=demo
 	$(VENV)/bin/mpvg demo --data $(DATA) --out $(OUT)
