@@ -30,9 +30,9 @@ exclude_patterns = [".*", "build", "src", "tests"]
 
 html_theme = "furo"
 html_title = f"mpvg {release}"
-html_static_path = ["site"]
+html_static_path = ["site/static"]
 html_css_files = ["site.css"]
-templates_path = ["site"]
+templates_path = ["site/templates"]
 html_additional_pages = {"index": "redirect.html"}  # the pages keep their paths, and the site still has a first page
 html_copy_source = False
 html_show_sphinx = False
