@@ -13,7 +13,7 @@ APART := tests/training
 RUNTIMES := tests/inference tests/test_examples.py tests/test_own_network.py
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup test lint format mutants demo study dense-demo export-matrix results clean
+.PHONY: help setup test lint format mutants docs dist oldest demo study dense-demo export-matrix results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,17 @@ format: $(STAMP) ## rewrite the code in the one format
 
 mutants: $(STAMP) ## put plausible bugs into copies of the package: each must make a test fail
 	$(VENV)/bin/python tests/mutations.py
+
+docs: $(STAMP) ## build the site from docs/ into build/docs; a warning is an error
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "build/docs/index.html"
+
+dist: $(STAMP) ## build wheel and sdist, check them, and try them in empty environments; fetches gigabytes
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[release]'
+	$(VENV)/bin/python .ci/dist.py
+
+oldest: $(STAMP) ## a part of the tests with the oldest versions that pyproject.toml allows; fetches gigabytes
+	$(VENV)/bin/python .ci/oldest.py
 
 demo: OUT ?= demo
 demo: $(STAMP) ## train and compare on data that needs no download: DATA=digits OUT=demo

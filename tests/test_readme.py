@@ -1,10 +1,14 @@
 """What the README and the docs say is what happens, and what they report is what the records say."""
 
+import ast
 import csv
 import importlib
+import inspect
 import json
 import re
+import runpy
 import shlex
+import shutil
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,11 +17,13 @@ import pytest
 import timm
 import torch
 
+import mpvg
 from mpvg.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+TUTORIALS = sorted(path.stem for path in ROOT.glob("docs/tutorials/*.md"))
 EXAMPLES = {
     f"{page.relative_to(ROOT)}-{number}": code
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -39,10 +45,22 @@ def test_the_readme_is_read_in_two_minutes() -> None:
     assert README.count("![") == 1, "one picture"
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of one epoch."""
+    path = tmp_path_factory.mktemp("readme") / "run"
+    assert main(["train", "--data", "digits", "--epochs", "1", "--device", "cpu", "--out", str(path)]) == 0
+    return path
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the checkpoint that they name, and without timm's download."""
+def test_python_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """With the checkpoint or the run that they name, and without timm's download."""
     monkeypatch.chdir(tmp_path)
+    if '"RUN"' in EXAMPLES[name]:
+        shutil.copytree(request.getfixturevalue("run"), "RUN")
     if "deit_tiny.pth" in EXAMPLES[name]:
         torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "deit_tiny.pth")
     exec(compile(EXAMPLES[name].replace("pretrained=True", "pretrained=False"), name, "exec"), {})
@@ -51,6 +69,23 @@ def test_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_page_with_examples_is_run() -> None:
     pages = {name.rpartition("-")[0] for name in EXAMPLES}
     assert {"README.md", "docs/own.md", "docs/finetuning.md", "docs/analysis.md"} <= pages
+
+
+def test_every_public_function_has_an_example() -> None:
+    """One that runs, in a page or in a tutorial's script; types come with functions."""
+    conf = runpy.run_path(str(ROOT / "docs/conf.py"))
+    objects = conf["documented"]((ROOT / "docs/api.md").read_text())
+    names = {name for found in objects.values() for name, value in found.items() if inspect.isfunction(value)}
+    names |= {f"mpvg.{name}" for name in mpvg.__all__}
+    assert len(names) > 40
+    codes = [*EXAMPLES.values(), *((ROOT / f"examples/{name}.py").read_text() for name in TUTORIALS)]
+    assert {name for name in names if name.rpartition(".")[2] not in set().union(*map(used_names, codes))} == set()
+
+
+def used_names(code: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(code)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def test_the_example_of_an_own_network_is_not_timms() -> None:
