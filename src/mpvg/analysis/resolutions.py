@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from mpvg import statistics
@@ -96,7 +97,10 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
         ValueError: the network cannot take the size.
     """
     if not isinstance(model, DeliveredVisionTransformer):
-        raise ValueError(f"{type(model).__name__} has windows or strides that are made for one image size")
+        raise ValueError(
+            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides that are "
+            "made for one image size, or resamples its PE by itself"
+        )
     found: Any = copy.deepcopy(model)
     if not isinstance(found.pos_embed, nn.Parameter):
         raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
@@ -156,7 +160,7 @@ def measure(
         raise ValueError("no image could be read; give data with readable images")
     rows: list[AtSize] = []
     refused: dict[str, str] = {}
-    own = tuple(delivered_network(model).patch_embed.img_size)
+    own = to_2tuple(delivered_network(model).img_size)
     for size in dict.fromkeys(sizes):
         name = _named(size)
         try:

@@ -1,6 +1,7 @@
 """`mpvg explore`: a page on which one changes what the layers of a network receive."""
 
 from mpvg.cli.arguments import Parser, add_weights, positive, say
+from mpvg.cli.own import add_model, use_models_of_runs
 
 
 def explore(arguments: list[str]) -> int:
@@ -11,7 +12,10 @@ def explore(arguments: list[str]) -> int:
     parser.add_argument("second", nargs="?", metavar="RUN", help="a second one, which is shown beside it")
     add_weights(parser, "last")
     parser.add_argument("--port", type=positive, help="of the page (default: the first free one from 7860 on)")
+    add_model(parser, "a network of your own that runs were made with")
     given = parser.parse_args(arguments)
+    names = [given.run] if given.second is None else [given.run, given.second]
+    use_models_of_runs(given.model, names)
     from mpvg import runs
     from mpvg.analysis.explore import ExploredRun
     from mpvg.cli import explorer
@@ -19,7 +23,6 @@ def explore(arguments: list[str]) -> int:
 
     if given.port is not None:
         explorer.check_port(given.port)
-    names = [given.run] if given.second is None else [given.run, given.second]
     found = [runs.load(name) for name in names]
     explored = [ExploredRun(run, given.checkpoint, ema=given.ema) for run in found]
     for name, one in zip(names, explored, strict=True):

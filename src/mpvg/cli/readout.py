@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 from mpvg.cli.arguments import Parser, positive, print_table, say
+from mpvg.cli.own import use_models_of_runs
 from mpvg.cli.trained import add_network, open_trained
+from mpvg.config.names import FORM, is_reference
 
 
 def readout(arguments: list[str]) -> int:
@@ -16,7 +18,9 @@ def readout(arguments: list[str]) -> int:
         usage="mpvg readout DATA --model timm/NAME --checkpoint FILE [...]\n       mpvg readout [DATA] RUN [...]",
     )
     parser.add_argument("what", nargs="+", metavar="DATA or RUN", help="data set or folder, and without --model a run")
-    parser.add_argument("--model", metavar="timm/NAME", help="one of timm's vision transformers")
+    parser.add_argument(
+        "--model", metavar="timm/NAME", help=f"one of timm's; with RUN: a network of your own that it has: {FORM}"
+    )
     add_network(parser)
     parser.add_argument("--readouts", nargs="+", metavar="NAME", help="default: all that the network can have")
     parser.add_argument("--samples", type=positive, help="images, spread evenly over the data (default: all)")
@@ -29,7 +33,7 @@ def readout(arguments: list[str]) -> int:
     from mpvg.runs.memory import evaluation_cure, memory_errors
 
     with memory_errors(evaluation_cure("fewer --samples")):
-        trained = open_trained(given, given.model, run, data)
+        trained = open_trained(given, None if run else given.model, run, data)
         found = question.answer(trained, given.readouts, samples=given.samples, folds=given.folds, seed=given.seed)
     kind = "training" if trained.split == "train" else "validation"
     say(
@@ -46,7 +50,9 @@ def readout(arguments: list[str]) -> int:
 
 def _asked(given: argparse.Namespace) -> tuple[str | None, str | None]:
     """The data and the run that are asked about; None: none is named."""
-    if given.model is not None:
+    if given.model is not None and is_reference(given.model):
+        use_models_of_runs([given.model], given.what[-1:])
+    elif given.model is not None:
         if len(given.what) != 1:
             raise ValueError(f"--model {given.model} takes one DATA; got {' '.join(given.what)}")
         return given.what[0], None

@@ -1,22 +1,16 @@
 """`mpvg resolutions`: a run at other image sizes."""
 
+import argparse
 from pathlib import Path
 
 from mpvg.cli.arguments import Parser, add_weights, positive, print_table, say
+from mpvg.cli.own import add_model, use_models_of_runs
 
 
 def resolutions(arguments: list[str]) -> int:
     """Prints accuracy and NLL at several image sizes, and how to resample the PE."""
-    text = "Accuracy and NLL of a run at other image sizes, with the position embedding resampled in three ways."
-    parser = Parser(prog="mpvg resolutions", description=text)
-    parser.add_argument("run", metavar="RUN", help="folder that `mpvg train` made")
-    parser.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help="224, or 320x224: height x width")
-    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
-    parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
-    add_weights(parser, "last")
-    parser.add_argument("--json", metavar="FILE", help="also writes every number")
-    parser.add_argument("--out", metavar="DIR", help="new folder for resolutions.html and resolutions.json")
-    given = parser.parse_args(arguments)
+    given = _parse(arguments)
+    use_models_of_runs(given.model, [given.run])
     import torch
 
     from mpvg import runs
@@ -51,3 +45,17 @@ def resolutions(arguments: list[str]) -> int:
             write_json(folder / "resolutions.json", found.to_dict())
         say(f"page: {Path(given.out) / 'resolutions.html'}")
     return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    text = "Accuracy and NLL of a run at other image sizes, with the position embedding resampled in three ways."
+    parser = Parser(prog="mpvg resolutions", description=text)
+    parser.add_argument("run", metavar="RUN", help="folder that `mpvg train` made")
+    parser.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help="224, or 320x224: height x width")
+    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
+    parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
+    add_weights(parser, "last")
+    parser.add_argument("--json", metavar="FILE", help="also writes every number")
+    parser.add_argument("--out", metavar="DIR", help="new folder for resolutions.html and resolutions.json")
+    add_model(parser)
+    return parser.parse_args(arguments)
