@@ -98,8 +98,8 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     """
     if not isinstance(model, DeliveredVisionTransformer):
         raise ValueError(
-            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides that are "
-            "made for one image size, or resamples its PE by itself"
+            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides made "
+            "for one image size, or resamples its PE by itself"
         )
     found: Any = copy.deepcopy(model)
     if not isinstance(found.pos_embed, nn.Parameter):
