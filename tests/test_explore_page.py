@@ -50,6 +50,11 @@ HOSTILE = {
 }
 
 
+def obey_interrupts() -> None:
+    """A process of a shell's background job would ignore Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("explore")
@@ -68,7 +73,9 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     temporary, theirs, here = (tmp_path_factory.mktemp(name) for name in ("temporary", "theirs", "here"))
     environment = os.environ | HOSTILE | {"GRADIO_TEMP_DIR": str(theirs), "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "mpvg", "explore", *(str(folder / name) for name in names)]
-    with subprocess.Popen(command, env=environment, cwd=here, stdout=-1, stderr=-2, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, cwd=here, stdout=-1, stderr=-2, text=True, preexec_fn=obey_interrupts
+    ) as process:
         assert process.stdout is not None
         said = [process.stdout.readline() for _ in range(3)]
         found = re.search(r"open (http://\S+) in a browser", said[-1])
@@ -145,7 +152,7 @@ def test_a_slider_is_moved_by_the_keyboard_and_the_answer_is_that_of_the_network
     assert [cells[0] for cells in table(page, 1).values()] == ["raw PE", "its PE", "raw PE", "its PE", "its PE"]
     assert texts(page)[2:] == before[2:]  # the other run is not asked again
     page.get_by_role("button", name="Reset", exact=True).first.click()
-    page.wait_for_function("before => document.querySelector('.explored table').textContent === before", arg=before[0])
+    page.wait_for_function("before => document.querySelector('.explored table')?.textContent === before", arg=before[0])
 
 
 def test_switching_off_and_exchanging_by_the_keyboard(
@@ -169,7 +176,7 @@ def test_switching_off_and_exchanging_by_the_keyboard(
     assert one != other
     assert table(page, 0) == expected(mpvg, 0, Changes(factors={"1": 0}, exchanged=(one, other)))
     page.get_by_role("button", name="Reset", exact=True).first.click()
-    page.wait_for_function("before => document.querySelector('.explored table').textContent === before", arg=before[0])
+    page.wait_for_function("before => document.querySelector('.explored table')?.textContent === before", arg=before[0])
 
 
 def test_another_image_moves_in_both_runs(
@@ -191,7 +198,7 @@ def test_another_image_moves_in_both_runs(
     page.wait_for_selector(".problem:has-text('the number of the image is 360; allowed: 0 to 359')")
     number.fill("0")
     wait_for_change(page, "", 2)
-    page.wait_for_function("before => document.querySelector('.explored table').textContent === before", arg=before[0])
+    page.wait_for_function("before => document.querySelector('.explored table')?.textContent === before", arg=before[0])
 
 
 def test_an_upload_is_answered_or_refused_in_one_line(opened: tuple[Any, list[str], list[str]], tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ class TimmSizes:
 
 
 def patch_grid(network: Any) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of the network's own size."""
-    sizes = zip(to_2tuple(network.img_size), to_2tuple(network.patch_size), strict=True)
+    """Rows and columns of the patches of an image of the network's own size, also of timm's network."""
+    sized = network if hasattr(network, "img_size") else network.patch_embed
+    sizes = zip(to_2tuple(sized.img_size), to_2tuple(sized.patch_size), strict=True)
     rows, columns = (side // patch for side, patch in sizes)
     return rows, columns
 
