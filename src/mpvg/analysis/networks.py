@@ -12,6 +12,7 @@ from mpvg import models
 from mpvg.delivery import METHODS, DeliverySpec, Method
 from mpvg.files import write_json
 from mpvg.models import create_model, model_names
+from mpvg.models.meta import without_values
 from mpvg.models.network import count_parameters
 
 
@@ -37,10 +38,9 @@ class Inspection:
 
 def inspect(name: str, method: Method, **kwargs: Any) -> Inspection:
     """Measures a network at full size without allocating it; arguments and errors are those of `create_model`."""
-    with torch.device("meta"), torch.no_grad():
-        model: Any = (
-            create_model(name, method, **kwargs).eval().requires_grad_(False)
-        )  # the counter would ask for gradients
+    with without_values(), torch.no_grad():
+        model: Any = create_model(name, method, **kwargs).eval()
+        model.requires_grad_(False)  # the counter would ask for gradients
         image = (model.in_chans, *to_2tuple(model.img_size))
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, *image))
@@ -114,7 +114,7 @@ class Count:
 
 def parameter_table() -> list[Count]:
     """Counts all 32 networks of Tables 1 and 2."""
-    with torch.device("meta"):
+    with without_values():
         return [
             Count(
                 network=network,
@@ -158,7 +158,7 @@ def support_table() -> dict[str, dict[str, Support]]:
         first: dict[DeliverySpec, str] = {}
         for method in METHODS:
             try:
-                with torch.device("meta"):
+                with without_values():
                     model: Any = create_model(name, method, **kwargs)
             except ValueError as error:
                 table[method][column] = Support(refused=str(error))

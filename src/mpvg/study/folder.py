@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
+from mpvg.models.meta import without_values
 from mpvg.models.own import NotImportedError
 from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
@@ -57,7 +57,7 @@ class StudyFolder:
         found: dict[tuple[str, str], str] = {}
         for cell in self._planned(seeds=1):
             try:
-                with torch.device("meta"):
+                with without_values():
                     _build(cell.config)
                     if cell.pretrain is not None:
                         _build(cell.pretrain)
