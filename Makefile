@@ -13,7 +13,7 @@ APART := tests/training
 RUNTIMES := tests/inference tests/test_examples.py tests/test_own_network.py
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup test lint format mutants docs dist oldest demo study dense-demo export-matrix results clean
+.PHONY: help setup test lint quick-lint format mutants docs dist oldest demo study dense-demo export-matrix results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,15 +21,20 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 
-test: lint ## all checks: lint, format, types, import contracts, tests
-	$(PYTEST) $(addprefix --ignore ,$(APART) $(RUNTIMES)) $(PYTEST_ARGS)
+# mypy needs one core for a minute, so it runs beside the first tests.
+test: quick-lint ## all checks: lint, format, types, import contracts, tests
+	@$(VENV)/bin/mypy & types=$$!; \
+	$(PYTEST) $(addprefix --ignore ,$(APART) $(RUNTIMES)) $(PYTEST_ARGS); tests=$$?; \
+	wait $$types && exit $$tests
 	$(PYTEST) $(RUNTIMES) $(PYTEST_ARGS)
 	$(PYTEST) $(APART) $(PYTEST_ARGS)
 
-lint: $(STAMP) ## all checks but the tests
+lint: quick-lint ## all checks but the tests
+	$(VENV)/bin/mypy
+
+quick-lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
 format: $(STAMP) ## rewrite the code in the one format
