@@ -13,7 +13,7 @@ APART := tests/training
 RUNTIMES := tests/inference tests/test_examples.py tests/test_own_network.py
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup test lint quick-lint format mutants docs dist oldest demo study dense-demo export-matrix results clean
+.PHONY: help setup test slow lint quick-lint format mutants docs dist oldest demo study dense-demo export-matrix results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,7 +27,10 @@ test: quick-lint ## all checks: lint, format, types, import contracts, tests
 	$(PYTEST) $(addprefix --ignore ,$(APART) $(RUNTIMES)) $(PYTEST_ARGS); tests=$$?; \
 	wait $$types && exit $$tests
 	$(PYTEST) $(RUNTIMES) $(PYTEST_ARGS)
-	$(PYTEST) $(APART) $(PYTEST_ARGS)
+	$(PYTEST) $(APART) -m "not slow" $(PYTEST_ARGS)
+
+slow: $(STAMP) ## the tests that CI has no time for: torchrun starts killed workers again
+	$(PYTEST) $(APART) -m slow $(PYTEST_ARGS)
 
 lint: quick-lint ## all checks but the tests
 	$(VENV)/bin/mypy

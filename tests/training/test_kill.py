@@ -275,7 +275,6 @@ def wait_for_another(out: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.slow
 def test_two_processes_are_stopped_killed_and_resumed_to_the_same_bits(
     processes: Any, start_ranks: Callable[..., list[Any]], record: Record, tmp_path: Path
 ) -> None:
