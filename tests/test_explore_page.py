@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -16,15 +15,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 
+from browser import new_page
 from mpvg import runs
 from mpvg.analysis.explore import Changes, ExploredRun
 from mpvg.cli import explorer
 from mpvg.cli.main import main
 from untrained_runs import make_run
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = {
     "GRADIO_SHARE": "True",
     "GRADIO_SERVER_NAME": "0.0.0.0",
@@ -92,19 +90,11 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
 @pytest.fixture(scope="module")
 def opened(served: tuple[str, list[ExploredRun]]) -> Iterator[tuple[Any, list[str], list[str]]]:
     """The page in a browser, what it complained of, and what it asked for."""
-    assert CHROMIUM, "these tests need a browser; on Debian: apt-get install chromium"
-    complaints: list[str] = []
-    asked: list[str] = []
-    with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+    with new_page() as (page, complaints, asked):
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
         page.goto(served[0])
         page.wait_for_function("document.querySelectorAll('.explored table').length === 4")
         yield page, complaints, asked
-        browser.close()
 
 
 def table(page: Any, number: int) -> dict[str, list[str]]:
@@ -167,9 +157,11 @@ def test_switching_off_and_exchanging_by_the_keyboard(
     off = texts(page)[0]
     for label, keys in (("Exchange the PE of", 3), ("with that of", 4)):
         page.get_by_label(label).first.focus()
+        page.get_by_role("listbox").wait_for()  # before it is there, keys are lost
         for _ in range(keys):
             page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
+        page.get_by_role("listbox").wait_for(state="hidden")
     wait_for_change(page, off)
     shown = [page.get_by_label(label).first.input_value() for label in ("Exchange the PE of", "with that of")]
     one, other = (label.removeprefix("layer ") for label in shown)

@@ -1,7 +1,6 @@
 """The documentation site: built without a warning, complete, and read and searched without a request to anybody."""
 
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
+
+from browser import new_page
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +107,7 @@ def was_refused(request: Any) -> bool:
 
 
 def test_a_reader_asks_nobody_else_and_finds_what_she_searches(address: str) -> None:
-    assert CHROMIUM, "this test needs a browser; on Debian: apt-get install chromium"
-    complaints: list[str] = []
-    requested: list[str] = []
-    with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 900})
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requested.append(request.url))
+    with new_page(1300) as (page, complaints, requested):
         page.on("requestfailed", lambda request: complaints.append(request.url) if was_refused(request) else None)
         page.goto(address)
         page.wait_for_url("**/docs/index.html")  # the first page leads to the list of pages
@@ -130,6 +122,5 @@ def test_a_reader_asks_nobody_else_and_finds_what_she_searches(address: str) -> 
             for width in (1300, 400):
                 page.set_viewport_size({"width": width, "height": 900})
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        browser.close()
     assert complaints == []
     assert [url for url in requested if not url.startswith((f"{address}/", "data:"))] == []

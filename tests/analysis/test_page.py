@@ -7,35 +7,24 @@ import csv
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
+from browser import new_page
 from mpvg.analysis.sensitivity import KINDS
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def opened(written: Path) -> Iterator[tuple[Any, list[str], list[str]]]:
     """The page of two methods, what it complained of, and what it fetched."""
-    assert CHROMIUM, "these tests need a browser; on Debian: apt-get install chromium"
-    complaints: list[str] = []
-    fetched: list[str] = []
-    with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
+    with new_page() as (page, complaints, fetched):
         page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: fetched.append(request.url))
         page.goto((written / "report.html").as_uri())
         page.wait_for_selector("#correlation .plot-container")
         yield page, complaints, fetched
-        browser.close()
 
 
 @pytest.fixture

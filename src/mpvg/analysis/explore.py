@@ -110,8 +110,7 @@ class ExploredRun:
                 "give a run of classification"
             )
         self.run, self._preprocess = run, task.preprocess()
-        on_gpu = torch.cuda.is_available() and run.config.device != "cpu"
-        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.device = run.device
         self.model = run.model(which, ema=ema).to(self.device)
         self.shapes = receiving(self.model)
         self.missing = ""

@@ -19,7 +19,7 @@ from mpvg.pages import fill, table
 from mpvg.runs.environment import commit, environment, hardware
 from mpvg.tasks.classification import evaluate
 
-TEMPLATE = Path(__file__).with_name("plain.html")
+TEMPLATE = Path(__file__).with_name("question.html")
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,12 @@ def write(found: Plain, out: Path) -> Path:
     tables = table("Tokens", HEAD, _escaped(place_rows(found)))
     if found.replaced:
         tables += table("The added PE, replaced", REPLACED_HEAD, _escaped(replaced_rows(found)))
+    said = "".join(f"<li>{escape(line)}</li>" for line in lines(found))
     parts = {
         "title": escape(f"{found.network}: its tokens and its position embedding"),
         "about": escape(f"{found.images:,} images of {found.data}; weights: {found.weights}."),
-        "tables": tables,
-        "lines": "".join(f"<li>{escape(line)}</li>" for line in lines(found)),
+        "lead": "",
+        "body": tables + f"<ul>{said}</ul>",
         "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
     }
     page = out / "report.html"

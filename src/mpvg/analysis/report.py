@@ -95,7 +95,7 @@ def analyze_run(run: Run, options: Options) -> AnalyzedRun:
         FileNotFoundError: the checkpoint or the data are missing.
         ValueError: weights or data are damaged, or do not fit the network.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
+    device = run.device
     model, untrained_model = (
         network.to(device) for network in (run.model(options.which, ema=options.ema), run.initial_model())
     )

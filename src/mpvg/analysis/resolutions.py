@@ -25,7 +25,7 @@ from mpvg.pages import fill, table
 from mpvg.runs.environment import commit, environment, hardware
 from mpvg.statistics import verdict
 
-TEMPLATE = Path(__file__).with_name("resolutions.html")
+TEMPLATE = Path(__file__).with_name("question.html")
 MAX_SIDE = 4096
 MARGIN = 0.01
 """Difference in accuracy that matters."""
@@ -278,11 +278,11 @@ def write_page(found: Resolutions, path: Path) -> None:
     ways = "".join(f"<li>{name}: {escape(text)}</li>" for name, text in RESAMPLERS.items())
     parts = {
         "title": escape(f"{found.network} at other image sizes"),
-        "sentence": escape(found.sentence),
+        "lead": f"<p>{escape(found.sentence)}</p>",
         "about": escape(f"{found.images:,} images of {found.data}; weights: {found.weights}; 95 % intervals."),
-        "rows": table("Accuracy and NLL", HEAD, rows),
-        "ways": f"<ul>{ways}</ul>",
-        "refused": f"<h2>Sizes that the network cannot take</h2><ul>{refused}</ul>" if refused else "",
+        "body": table("Accuracy and NLL", HEAD, rows)
+        + f"<h2>How the position embedding is resampled</h2><ul>{ways}</ul>"
+        + (f"<h2>Sizes that the network cannot take</h2><ul>{refused}</ul>" if refused else ""),
         "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
     }
     atomic_text(path, fill(TEMPLATE, parts))

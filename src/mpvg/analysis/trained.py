@@ -13,7 +13,8 @@ from mpvg.data.factory import describe, open_listing, open_split
 from mpvg.data.types import Split
 from mpvg.models import TIMM, load_checkpoint, pretrained_mean_std
 from mpvg.runs import Run
-from mpvg.runs.checkpoints import SELECTED, Which
+from mpvg.runs.checkpoints import Which, describe_weights
+from mpvg.runs.run import evaluation_device
 from mpvg.seeding import seed_everything
 from mpvg.validation import shown, unknown_name
 
@@ -114,8 +115,8 @@ def open_run(run: Run, which: Which, data: str | None, *, ema: bool = False) -> 
             f"images of {config.data} have {listing.in_chans} channels, and {run.path} was trained on {info.in_chans}; "
             "give data of the same kind"
         )
-    said = f"{'averaged, ' if ema else ''}{which}{SELECTED[which]}"
-    return _trained(model, config, listing, split, name=str(run.path), weights=said, has_head=split == "val")
+    weights = describe_weights(which, ema=ema)
+    return _trained(model, config, listing, split, name=str(run.path), weights=weights, has_head=split == "val")
 
 
 def check_classification(run: Run) -> None:
@@ -173,7 +174,7 @@ def _listing(config: RunConfig, split: Split) -> Listing:
 
 
 def _trained(model: nn.Module, config: RunConfig, listing: Listing, split: Split, **said: Any) -> Trained:
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = evaluation_device(config)
     info = describe(config, listing)
     return Trained(
         model=model.to(device).eval(), config=config, info=info, listing=listing, split=split, device=device, **said

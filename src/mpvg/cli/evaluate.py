@@ -35,17 +35,15 @@ def evaluate(arguments: list[str]) -> int:
     if given.recipe is not None:
         return _evaluate_file(given, out)
     use_models_of_runs(given.model, [given.run])
-    import torch
 
     from mpvg import runs
     from mpvg.runs.memory import evaluation_cure, memory_errors
 
     run = runs.load(given.run)
-    device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
     batch, which = given.batch_size or run.config.batch_size, weights_text(run, given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
-        model = run.model(given.checkpoint, ema=given.ema).to(device)
-        line = _score(run, model, device, given, out, which)
+        model = run.model(given.checkpoint, ema=given.ema).to(run.device)
+        line = _score(run, model, run.device, given, out, which)
     say(line, which, *([] if out is None else [f"mistakes in {out}"]))
     if given.checkpoint == "last" and given.data is None and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")

@@ -11,14 +11,12 @@ def resolutions(arguments: list[str]) -> int:
     """Prints accuracy and NLL at several image sizes, and how to resample the PE."""
     given = _parse(arguments)
     use_models_of_runs(given.model, [given.run])
-    import torch
-
     from mpvg import runs
     from mpvg.analysis import resolutions as question
     from mpvg.analysis.trained import check_classification
     from mpvg.files import whole_folder, write_json
     from mpvg.inference.mistakes import check_output
-    from mpvg.runs.checkpoints import SELECTED
+    from mpvg.runs.checkpoints import describe_weights
     from mpvg.runs.memory import evaluation_cure, memory_errors
 
     sizes = [question.parse_size(size) for size in given.sizes]
@@ -26,11 +24,10 @@ def resolutions(arguments: list[str]) -> int:
         check_output(Path(given.out))
     run = runs.load(given.run)
     check_classification(run)
-    device = torch.device("cuda" if torch.cuda.is_available() and run.config.device != "cpu" else "cpu")
-    weights = f"{'averaged, ' if given.ema else ''}{given.checkpoint}{SELECTED[given.checkpoint]}"
+    weights = describe_weights(given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure("fewer --samples, or smaller --sizes")):
-        model = run.model(given.checkpoint, ema=given.ema).to(device)
-        batches = list(run.validation(device, data=given.data, images=given.samples).epoch())
+        model = run.model(given.checkpoint, ema=given.ema).to(run.device)
+        batches = list(run.validation(run.device, data=given.data, images=given.samples).epoch())
         found = question.measure(
             model, batches, sizes, network=Path(given.run).name, weights=weights, data=given.data or run.config.data
         )

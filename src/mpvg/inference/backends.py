@@ -60,8 +60,7 @@ class RunBackend:
     def __init__(
         self, run: Run, checkpoint: Which = "best", *, ema: bool = False, device: torch.device | str | None = None
     ) -> None:
-        on_gpu = torch.cuda.is_available() and run.config.device != "cpu"
-        self.device = torch.device(device if device is not None else "cuda" if on_gpu else "cpu")
+        self.device = run.device if device is None else torch.device(device)
         self.run, self.task = run, run.task()
         self.orientation: Orientation = run.config.orientation
         self.batch_size = BATCH if isinstance(self.task, Ranking) else 1

@@ -39,6 +39,11 @@ _DAMAGE = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, err
 """Errors of reading that mean damage; others, such as a missing permission, do not."""
 
 
+def describe_weights(which: Which, *, ema: bool) -> str:
+    """Which weights of a run, in words."""
+    return f"{'averaged, ' if ema else ''}{which}{SELECTED[which]}"
+
+
 class CorruptCheckpointError(ValueError):
     """A checkpoint's files are not what was written."""
 

@@ -42,6 +42,11 @@ _LISTINGS: dict[Split, str] = {"train": "listing-train.txt.gz", "val": "listing-
 _MAX_LISTING = 2**29  # bytes; a million names take some ten million
 
 
+def evaluation_device(config: RunConfig) -> torch.device:
+    """A GPU where there is one and the config does not ask for the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder that holds a config: training, interrupted or complete."""
@@ -49,6 +54,11 @@ class Run:
     path: Path
     config: RunConfig
     info: DataInfo
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is evaluated: a GPU where there is one and the run was not made for the CPU."""
+        return evaluation_device(self.config)
 
     def task(self) -> Task[Any]:
         """The run's task.
