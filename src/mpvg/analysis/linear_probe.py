@@ -155,7 +155,7 @@ def attend_all(tokens: Tensor, query: Tensor) -> Tensor:
 
 
 def split_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
-    """The fold of each image, `(images,)`: each class is dealt out in turn, in a random order.
+    """The fold of each image, `(images,)`: each class is spread evenly over the folds, at random.
 
     Raises:
         ValueError: there are fewer images than folds, or only one class.

@@ -19,7 +19,7 @@ def readout(arguments: list[str]) -> int:
     )
     parser.add_argument("what", nargs="+", metavar="DATA or RUN", help="data set or folder, and without --model a run")
     parser.add_argument(
-        "--model", metavar="timm/NAME", help=f"one of timm's; with RUN: a network of your own that it has: {FORM}"
+        "--model", metavar="timm/NAME", help=f"a timm network; with RUN: your own network, as the run names it: {FORM}"
     )
     add_network(parser)
     parser.add_argument("--readouts", nargs="+", metavar="NAME", help="default: all that the network can have")

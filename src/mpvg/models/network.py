@@ -107,7 +107,7 @@ class TimmSizes:
 
 
 def patch_grid(network: Any) -> tuple[int, int]:
-    """Rows and columns of the patches of an image of the network's own size, also of timm's network."""
+    """Rows and columns of patches at the network's image size; the network may be timm's."""
     sized = network if hasattr(network, "img_size") else network.patch_embed
     sizes = zip(to_2tuple(sized.img_size), to_2tuple(sized.patch_size), strict=True)
     rows, columns = (side // patch for side, patch in sizes)
