@@ -60,8 +60,10 @@ def test_modules_import_without_optional_packages_and_print_nothing() -> None:
 
 
 def test_modules_need_no_optional_package_but_their_own() -> None:
-    for name in OWN_PACKAGES.keys() & set(MODULES):
-        assert import_without([package for package in OPTIONAL if package not in OWN_PACKAGES[name]], [name]) == ""
+    for own in {tuple(packages) for packages in OWN_PACKAGES.values()}:
+        modules = [name for name in MODULES if OWN_PACKAGES.get(name) == [*own]]
+        assert modules
+        assert import_without([package for package in OPTIONAL if package not in own], modules) == ""
 
 
 def test_blocking_a_package_blocks_it() -> None:

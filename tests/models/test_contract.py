@@ -211,9 +211,9 @@ def test_a_folded_network_can_be_copied_and_pickled(column: str, copied: Callabl
     assert torch.equal(folded(batch), expected)
 
 
-def test_a_spawned_process_runs_folded_networks() -> None:
+def test_a_fresh_process_runs_folded_networks() -> None:
     """A server starts its workers so: nothing but the pickled network reaches them."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         for column in SUPPORTED:
             folded, batch = fold(build(column, "mpvg")), images(column)
             assert_close(pool.apply(operator.call, (folded, batch)), folded(batch), 1e-12)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import sklearn.datasets  # noqa: F401  takes seconds, which forked workers need not spend again
 
 from mpvg.study.plan import Study, parse_study
 from study_text import TEXT

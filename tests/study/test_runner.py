@@ -5,8 +5,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -27,11 +26,6 @@ from study_text import TEXT
 
 KILLS = 5
 """Thirty, of the whole command, are in benchmarks/study_kills.py."""
-
-
-def start(file: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mpvg", "study", str(file), "--out", str(out), "--workers", "1", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def worker(path: Path) -> BaseProcess:
@@ -120,19 +114,25 @@ def test_a_claimed_run_is_left_to_its_worker(study: Study, tmp_path: Path) -> No
         assert mine
 
 
-def test_sigterm_saves_the_runs_and_says_how_to_continue(study_file: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_the_runs_and_says_how_to_continue(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = study_file.read_text().replace("epochs: 1,", "epochs: 400,")
     study_file.write_text(text)
     out = tmp_path / "out"
-    process = start(study_file, out)
-    runs_made = out / "runs/digits/gap/seed0/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not runs_made.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 143, printed
-    assert "every run is saved, give the same command again" in printed
+
+    def stop() -> None:
+        """SIGTERM to the command, which is this process, once its worker has begun to train."""
+        deadline = time.monotonic() + 60
+        while not (out / "runs/digits/gap/seed0/metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert main(["study", str(study_file), "--out", str(out), "--workers", "1"]) == 143
+    stopper.join()
+    assert "every run is saved, give the same command again" in capsys.readouterr().err
     assert read_ledger(out / "ledger.jsonl") == []
 
 

@@ -267,7 +267,7 @@ def start_mpvg(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     `at_rename` is a pair: once a file is renamed to the first, no file may grow beyond the second, in bytes.
     """
     context = multiprocessing.get_context("forkserver")
-    modules = ["pytest", "mpvg.cli.main", "mpvg.cli.train", "mpvg.training", "torch.utils.data"]
+    modules = ["pytest", "mpvg.cli.main", "mpvg.cli.train", "mpvg.training", "torch.utils.data", "sklearn.datasets"]
     context.set_forkserver_preload(modules)
     children: list[Child] = []
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from mpvg.training.starting import with_init_file
 from mpvg.validation import parse_json, printable
 
 POLL_SECONDS = 0.5
+PRELOADED = ["mpvg.study.runner", "mpvg.training", "mpvg.tasks.classification"]
+"""What every worker imports, in some seconds."""
 
 
 def work(path: Path) -> None:
@@ -139,7 +142,7 @@ def run_study(folder: StudyFolder, workers: int | None = None, *, blind: bool = 
         return
     gpus = torch.cuda.device_count() if any(cell.config.device != "cpu" for cell in missing) else 0
     count = min(workers or gpus or os.cpu_count() or 1, len(missing))
-    context = multiprocessing.get_context("spawn")
+    context = _fresh_processes()
     errors = context.SimpleQueue()
     processes = [
         context.Process(
@@ -173,6 +176,19 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, folder: StudyFolder) -> None:
         super().__init__(f"stopped; every run is saved, give the same command again to continue {folder.path}")
         self.exit_code = 128 + number
+
+
+def _fresh_processes() -> BaseContext:
+    """Processes that hold nothing of this one, since CUDA does not survive a fork.
+
+    On Linux they are forked from one that has done nothing but the imports; elsewhere each imports everything again, as
+    macOS's libraries do not all survive a fork.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _worker(path: Path, errors: Any, gpu: int | None, known: Networks) -> None:
