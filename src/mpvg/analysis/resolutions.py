@@ -96,14 +96,8 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     Raises:
         ValueError: the network cannot take the size.
     """
-    if not isinstance(model, DeliveredVisionTransformer):
-        raise ValueError(
-            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides made "
-            "for one image size, or resamples its PE by itself"
-        )
+    check_resampled(model)
     found: Any = copy.deepcopy(model)
-    if not isinstance(found.pos_embed, nn.Parameter):
-        raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
     check_divisible(size, found.patch_embed.patch_size)
     prefix = 0 if found.no_embed_class else found.num_prefix_tokens
 
@@ -119,6 +113,21 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     with torch.no_grad():  # timm's method resamples in its own way
         found.pos_embed.copy_(resample(model.get_parameter("pos_embed"), found.patch_embed.grid_size))
     return found.eval()
+
+
+def check_resampled(model: nn.Module) -> None:
+    """Checks that a network is one whose PE can be resampled to another image size.
+
+    Raises:
+        ValueError: it is not, and why.
+    """
+    if not isinstance(model, DeliveredVisionTransformer):
+        raise ValueError(
+            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides made "
+            "for one image size, or resamples its PE by itself"
+        )
+    if not isinstance(model.pos_embed, nn.Parameter):
+        raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
 
 
 def resample_pos(pos: Tensor, grid: Size, old: Size, prefix: int, resampler: str) -> Tensor:
@@ -168,7 +177,7 @@ def measure(
         except ValueError as error:
             refused[name] = str(error)
             continue
-        values = {one: _values(changed, batches, size) for one, changed in networks.items()}
+        values = {one: scores(changed, batches, size) for one, changed in networks.items()}
         rows += _rows(name, values)
     if not rows:
         raise ValueError("; ".join(f"size {name}: {reason}" for name, reason in refused.items()))
@@ -177,8 +186,12 @@ def measure(
     return Resolutions(network, weights, data, images, rows, refused, conclude(rows))
 
 
-def _values(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified correctly, and the NLL of its class, `(images,)`, float64."""
+def scores(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> tuple[Tensor, Tensor]:
+    """Whether each image is classified correctly, and the NLL of its class, `(images,)`, float64.
+
+    Raises:
+        ValueError: an output is NaN or infinite.
+    """
     pairs = list(_pass(model, batches, size))
     correct, nll = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
     if not nll.isfinite().all():

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
+from mpvg.analysis.resolutions import check_resampled
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
@@ -24,6 +26,7 @@ from mpvg.models.meta import without_values
 from mpvg.models.own import NotImportedError
 from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
+from mpvg.study.measures import RISE, check_metrics
 from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
 from mpvg.tasks import create_task
 from mpvg.validation import check, parse_yaml
@@ -53,12 +56,19 @@ class StudyFolder:
 
     @functools.cached_property
     def refused(self) -> dict[tuple[str, str], str]:
-        """(setting, arm) -> why its network cannot run the arm."""
+        """(setting, arm) -> why its network cannot run the arm.
+
+        Raises:
+            ValueError: a margin is for no metric.
+        """
         found: dict[tuple[str, str], str] = {}
         for cell in self._planned(seeds=1):
+            check_metrics(self.study.margins, cell.config.task)
             try:
                 with without_values():
-                    _build(cell.config)
+                    model = _build(cell.config)
+                    if RISE in self.study.margins:
+                        check_resampled(model)
                     if cell.pretrain is not None:
                         _build(cell.pretrain)
             except NotImportedError:
@@ -129,11 +139,12 @@ class StudyFolder:
             os.close(number)
 
 
-def _build(config: RunConfig) -> None:
+def _build(config: RunConfig) -> nn.Module:
     plain: dict[str, Any] = {"in_chans": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, "train_size": 1, "val_size": 1}
     size = config.network.img_size or 224  # a multiple of every patch and window
     names = tuple(map(str, range(10)))
-    create_task(config, DataInfo(name=config.data, class_names=names, img_size=size, **plain)).build_model(init=False)
+    info = DataInfo(name=config.data, class_names=names, img_size=size, **plain)
+    return create_task(config, info).build_model(init=False)
 
 
 def make_folder(

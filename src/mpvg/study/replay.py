@@ -10,8 +10,8 @@ from mpvg import training
 from mpvg.runs.environment import hardware
 from mpvg.statistics import CONFIDENCE_LEVEL
 from mpvg.study.ledger import Row, read_ledger
+from mpvg.study.measures import measure, study_metrics
 from mpvg.study.runner import weights_hash
-from mpvg.tasks import task_class
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def replay(row: Row, others: list[Row], out: Path, study: Path) -> Replay:
         config = replace(config, network=replace(config.network, init=str(study / start)))
     try:
         summary = training.train(config, quiet=True)
+        summary |= measure(out, row.metrics)
     except training.NonFiniteLoss as error:
         return Replay([f"the run diverged, the row's {row.status}: {error}"], row.status == "diverged")
     if row.status == "diverged":
@@ -68,7 +69,7 @@ def replay(row: Row, others: list[Row], out: Path, study: Path) -> Replay:
         f"{name} ({getattr(row, name)}, here {value})" for name, value in here.items() if getattr(row, name) != value
     ]
     same_bits = weights_hash(out) == row.weights
-    metrics = task_class(config.task).metrics
+    metrics = study_metrics(config.task)
     lines, inside = [], True
     for name, value in row.metrics.items():
         low, high = _prediction_interval([other.metrics[name] for other in others])

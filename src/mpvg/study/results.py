@@ -7,8 +7,9 @@ from typing import Any
 from mpvg.statistics import Interval, mean_and_interval
 from mpvg.study.contrasts import Result, evaluate
 from mpvg.study.ledger import Row
+from mpvg.study.measures import study_metrics
 from mpvg.study.plan import Study
-from mpvg.tasks import Metric, task_class
+from mpvg.tasks import Metric
 
 LEAST_SEEDS = 2
 """Seeds of an arm below which nothing is tested."""
@@ -104,7 +105,7 @@ def _metric(name: str, rows: Sequence[Row]) -> Metric:
                 f"the run of arm {row.arm}, seed {row.seed}, has no metric {name}; allowed as a margin: "
                 f"{', '.join(row.metrics)}"
             )
-    return task_class(task).metrics.get(name) or Metric(title=name, higher_is_better=True)
+    return study_metrics(task).get(name) or Metric(title=name, higher_is_better=True)
 
 
 def _setting(study: Study, name: str, label: str, rows: Sequence[Row]) -> SettingResult:

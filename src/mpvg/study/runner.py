@@ -32,6 +32,7 @@ from mpvg.runs.environment import commit, hardware
 from mpvg.runs.lock import RunLockedError
 from mpvg.study.folder import StudyFolder, open_folder
 from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
+from mpvg.study.measures import measure
 from mpvg.study.plan import Cell
 from mpvg.tasks import task_class
 from mpvg.training.starting import with_init_file
@@ -73,6 +74,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
             started = replace(config, network=replace(config.network, init=cell.pretrain.out))
         summary = _train_or_resume(with_init_file(started))
         values |= _of_summary(summary, config.task)
+        values["metrics"] |= measure(out, folder.study.margins)
         values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
