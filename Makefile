@@ -6,6 +6,9 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Containers often set this; with it, and with what is installed uncompiled, every process would compile torch again: 10 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq --no-compile
 
 # These have processes of their own: a test process that had loaded ONNX Runtime and OpenVINO was killed later on, when it
 # trained networks.
@@ -52,7 +55,7 @@ docs: $(STAMP) ## build the site from docs/ into build/docs; a warning is an err
 	@echo "build/docs/index.html"
 
 dist: $(STAMP) ## build wheel and sdist, check them, and try them in empty environments; fetches gigabytes
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq -c constraints.txt -e '.[release]'
+	@$(PIP) -c constraints.txt -e '.[release]'
 	$(VENV)/bin/python .ci/dist.py
 
 oldest: $(STAMP) ## a part of the tests with the oldest versions that pyproject.toml allows; fetches gigabytes
@@ -86,10 +89,16 @@ clean: ## remove caches and build products; .venv, runs and demo stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# -qq: errors only. --no-compile: only what is imported is compiled, when it is, which saves a minute. A failed attempt leaves no stamp, so the next one starts again.
+# -qq: errors only. --no-compile: only what is imported is compiled, when it is, which saves a minute. A failed attempt leaves
+# no stamp, so the next one starts again. pip unpacks gigabytes on one core, so CUDA's libraries are installed beside the rest;
+# the last line checks and completes, and does all where these versions do not exist.
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV); the first time this fetches torch and takes some minutes and gigabytes."
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(VENV)/bin/python -m pip install -qq --no-compile -c constraints.txt -e '.[dev]'
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || { \
+	  $(PIP) --no-deps $$(grep '^nvidia' constraints.txt) & \
+	  $(PIP) --no-deps $$(grep -v '^nvidia\|^#' constraints.txt); wait; } 2> /dev/null
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -c 'import mpvg.training, mpvg.study.runner, mpvg.tasks'  # compiles it, for commands without make too
 	@touch $@
 
 $(VENV)/bin/python:

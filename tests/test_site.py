@@ -1,18 +1,24 @@
 """The documentation site: built without a warning, complete, and read and searched without a request to anybody."""
 
+import os
 import re
-import subprocess
-import sys
 import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sphinx.cmd.build import main as sphinx_build
 
+import mpvg.training  # noqa: F401  a process that is forked from this one need not import torch again
 from browser import new_page
 
 ROOT = Path(__file__).parent.parent
@@ -25,13 +31,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         r"^\t\$\(VENV\)/bin/python (-m sphinx .*) build/docs$", (ROOT / "Makefile").read_text(), re.M
     )
     out = tmp_path_factory.mktemp("site")
-    arguments = command.replace("build/doctrees", str(out / "doctrees")).split()
+    arguments = command.removeprefix("-m sphinx ").replace("build/doctrees", str(out / "doctrees")).split()
     assert {"-W", "--keep-going"} <= set(arguments)
-    built = subprocess.run(
-        [sys.executable, *arguments, str(out / "html")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
+    # Forked from this process, which has imported torch; and a process, as Sphinx changes the one that it runs in.
+    with Pool(1, initializer=os.chdir, initargs=(ROOT,), context=get_context("fork")) as pool:
+        code, said = pool.apply(build, ([*arguments, str(out / "html")],))
+    assert code == 0, said
     return out / "html"
+
+
+def build(arguments: list[str]) -> tuple[int, str]:
+    """Sphinx's exit code and all it prints."""
+    said = StringIO()
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(said), redirect_stderr(said):  # of Sphinx's own code
+        code = sphinx_build(arguments)
+    return code, said.getvalue()
 
 
 class Elements(HTMLParser):
