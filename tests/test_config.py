@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
@@ -94,6 +94,7 @@ def test_a_config_survives_yaml(config: RunConfig) -> None:
 
 
 @every_field
+@settings(max_examples=20)
 @given(st.data())
 def test_the_digest_changes_with_what_is_trained_and_with_nothing_else(
     part: str | None, name: str, data: st.DataObject
