@@ -32,7 +32,7 @@ test: quick-lint ## all checks: lint, format, types, import contracts, tests
 	$(PYTEST) $(RUNTIMES) $(PYTEST_ARGS)
 	$(PYTEST) $(APART) -m "not slow" $(PYTEST_ARGS)
 
-slow: $(STAMP) ## the tests that CI has no time for: torchrun starts killed workers again
+slow: $(STAMP) ## the tests that CI has no time for: torchrun starts killed workers again, dense runs in two processes are killed
 	$(PYTEST) $(APART) -m slow $(PYTEST_ARGS)
 
 lint: quick-lint ## all checks but the tests

@@ -211,7 +211,7 @@ def kill_below(process: int) -> int:
 
 @pytest.fixture(scope="session")
 def processes() -> SimpleNamespace:
-    return SimpleNamespace(torchrun=torchrun, below=below, kill_below=kill_below)
+    return SimpleNamespace(torchrun=torchrun, below=below, kill_below=kill_below, free_port=free_port)
 
 
 @dataclass

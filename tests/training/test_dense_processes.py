@@ -1,0 +1,74 @@
+"""Dense tasks in two processes: killed, and resumed to the same bits."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpvg.cli.main import main
+from mpvg.data import named_sets
+from mpvg.recipes import recipe
+
+SIZES = {
+    "canvas_segmentation": {"short_side": 64, "crop": 64},
+    "canvas_detection": {"short_sides": [64], "long_side": 64, "max_side": 64, "test_side": 64},
+}
+WARMUP = {"canvas_segmentation": "--optim.warmup_steps", "canvas_detection": "--optim.warmup_epochs"}
+
+
+def rank(number: int, port: int, arguments: list[str]) -> None:
+    place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # as torchrun
+    os.environ.update(place)
+    sys.exit(main(arguments))
+
+
+def begin(port: int, arguments: list[str]) -> list[BaseProcess]:
+    """Two processes that train together, forked from this one, as it has small scenes."""
+    context = multiprocessing.get_context("fork")
+    ranks: list[BaseProcess] = [context.Process(target=rank, args=(number, port, arguments)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def finish(ranks: list[BaseProcess]) -> list[int | None]:
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_a_dense_run_is_killed_and_resumed_to_the_same_bits(
+    name: str, processes: Any, record: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL to both processes, twice, each time once there is another checkpoint."""
+    monkeypatch.setattr("mpvg.data.canvas.SCENES", {"train": 12, "val": 5})
+    monkeypatch.setattr(named_sets, "CACHE", tmp_path / "cache")
+    options = json.dumps(recipe(name).task_options | SIZES[name])
+    command = ["train", "--recipe", name, "--task_options", options, "--epochs", "2", "--batch_size", "4"]
+    command += [WARMUP[name], "1"]
+    command += "--save_steps 1 --network.drop_path 0.2 --threads 1 --device cpu".split()
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert finish(begin(processes.free_port(), [*command, "--out", str(whole)])) == [0, 0]
+    for step in (1, 4):
+        start = ["train", "--resume", str(out)] if out.exists() else [*command, "--out", str(out)]
+        ranks, deadline = begin(processes.free_port(), start), time.monotonic() + 120
+        while not any(int(path.name[5:]) >= step for path in (out / "checkpoints").glob("step-*")):
+            assert all(process.is_alive() for process in ranks), "one ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        for process in ranks:
+            process.kill()
+        assert finish(ranks) == [-signal.SIGKILL] * 2
+    assert finish(begin(processes.free_port(), ["train", "--resume", str(out)])) == [0, 0]
+    assert record(out, files=False) == record(whole, files=False)
