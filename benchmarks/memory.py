@@ -23,7 +23,6 @@ Exit status: 0, or 1 if these three differ by more than 1 % anywhere.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from timing import write_record
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,8 +104,7 @@ def main() -> int:
             "checks": checks,
             "environment": environment(),
         }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
     return int(any(max(c.values()) > (1 + MAX_DIFFERENCE) * min(c.values()) for c in checks.values()))
 
 

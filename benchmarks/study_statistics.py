@@ -10,11 +10,11 @@ Exit status: 0 if each rate of equal spreads is within three standard errors of 
 
 import argparse
 import gc
-import json
 import math
 from pathlib import Path
 
 import numpy as np
+from timing import write_record
 
 from mpvg.runs.environment import environment
 from mpvg.study import contrasts
@@ -65,9 +65,7 @@ def main() -> int:
             found[name] = rates = simulate(seeds, given.repetitions, spread)
             print(f"{name}: " + ", ".join(f"{what} {100 * rate:.1f} %" for what, rate in rates.items()), flush=True)
             errors = max(rate for what, rate in rates.items() if what != "coverage")
-            if given.json:
-                values = {"repetitions": given.repetitions, "rates": found, **environment()}
-                given.json.write_text(json.dumps(values, indent=1) + "\n")
+            write_record(given.json, {"repetitions": given.repetitions, "rates": found, **environment()})
             holds &= spread > 1 or (abs(rates["coverage"] - 0.95) <= bound and errors <= 0.05 + bound)
     return 0 if holds else 2
 
