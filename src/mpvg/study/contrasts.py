@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpvg.statistics import CONFIDENCE_LEVEL, Interval, verdict
+from mpvg.statistics import CONFIDENCE_LEVEL, Interval, holm, verdict
 from mpvg.study.plan import Contrast, Study
 
 ALPHA = 0.05
@@ -96,13 +96,11 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
     Raises:
         ValueError: an arm has fewer than two values.
     """
-    from statsmodels.stats.multitest import multipletests
-
     chosen = [contrast for contrast in study.contrasts if contrast.weights.keys() <= samples.keys()]
     tested = [(contrast, _two_sided(contrast.weights, samples)) for contrast in chosen]
     controls = {contrast.name for contrast in chosen if is_control(study, contrast)}
     family = [p for contrast, p in tested if contrast.name not in controls]
-    corrected = iter(multipletests(family, method="holm")[1] if len(family) > 1 else family)
+    corrected = iter(holm(family))
     pairs = sum(_is_pair(contrast.weights) for contrast in chosen if contrast.name not in controls)
     margin = study.margins[metric]
     results = []
@@ -124,7 +122,7 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
                 difference=_difference(weights, samples),
                 interval=_interval(weights, samples),
                 p=p,
-                p_holm=p if control else float(next(corrected)),
+                p_holm=p if control else next(corrected),
                 margin=margin,
                 p_equivalent=_equivalence_p(weights, samples, margin),
                 needed=needed,
