@@ -23,14 +23,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from timing import MAX_AA, ratio, write_record
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "training"))
+sys.path[:0] = [str(ROOT / "tests" / "training"), str(ROOT / "tests" / "shared")]
 
 from conftest import torchrun  # noqa: E402  as the tests of several processes start them
 from mpvg.runs.environment import environment  # noqa: E402
+from short_runs import write_cifar10  # noqa: E402
 
 LIMIT = 1.6
 
@@ -49,7 +49,7 @@ def main() -> int:
     options |= {"epochs": given.epochs, "optim.warmup_epochs": 0, "threads": 1, "device": "cpu"}
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
-        images = write_images(Path(folder) / "images", given.steps * given.batch_size)
+        images = write_cifar10(Path(folder) / "images", batch=math.ceil(given.steps * given.batch_size / 5), test=100)
         for number in range(2 * given.rounds + 1):
             processes = 1 + number % 2
             rates[processes].append(train(processes, options, images, Path(folder) / f"run-{number}"))
@@ -65,20 +65,6 @@ def main() -> int:
     }
     write_record(given.json, result)
     return report(result)
-
-
-def write_images(root: Path, count: int) -> Path:
-    """Noise in the layout of CIFAR-10's binary version; what is on the images costs no time."""
-    rng = np.random.default_rng(0)
-    root.mkdir()
-    for name, size in [*((f"data_batch_{n}", math.ceil(count / 5)) for n in range(1, 6)), ("test_batch", 100)]:
-        records = rng.integers(0, 256, (size, 3073), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, size)
-        (root / f"{name}.bin").write_bytes(records.tobytes())
-    (root / "batches.meta.txt").write_text(
-        "airplane automobile bird cat deer dog frog horse ship truck".replace(" ", "\n")
-    )
-    return root
 
 
 def train(processes: int, options: dict[str, Any], images: Path, out: Path) -> float:

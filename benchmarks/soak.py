@@ -22,7 +22,7 @@ from typing import Any
 from timing import write_record
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "training"))
+sys.path[:0] = [str(ROOT / "tests" / "training"), str(ROOT / "tests" / "shared")]
 
 from conftest import kill_below, read_record, torchrun  # noqa: E402  what the tests of single kills use
 from mpvg.runs.environment import environment  # noqa: E402
