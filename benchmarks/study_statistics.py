@@ -17,6 +17,7 @@ import numpy as np
 from timing import write_record
 
 from mpvg.runs.environment import environment
+from mpvg.statistics import ALPHA
 from mpvg.study import contrasts
 from mpvg.study.contrasts import evaluate
 from mpvg.study.plan import Arm, Contrast, Setting, Study
@@ -44,7 +45,7 @@ def simulate(seeds: int, repetitions: int, spread: float) -> dict[str, float]:
         counts["family"] += any(result.differs for result in results)
         apart = {"a": [value + 1.0 for value in given["a"]], "b": given["b"]}
         p = contrasts._equivalence_p({"a": 1.0, "b": -1.0}, apart, STUDY.margins["nll"])
-        counts["equivalent at the margin"] += p < contrasts.ALPHA
+        counts["equivalent at the margin"] += p < ALPHA
     return {name: count / repetitions for name, count in counts.items()}
 
 

@@ -11,6 +11,8 @@ RESAMPLES = 1000
 """Bootstrap resamples from which an interval is computed."""
 CONFIDENCE_LEVEL = 0.95
 """Confidence level of every interval."""
+ALPHA = 0.05
+"""Level of every test but that of a control."""
 
 
 class Interval(NamedTuple):

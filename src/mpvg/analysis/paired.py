@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 
 from mpvg.analysis.findings import Estimate
-from mpvg.statistics import CONFIDENCE_LEVEL, Interval, holm, verdict
+from mpvg.statistics import ALPHA, CONFIDENCE_LEVEL, Interval, holm, verdict
 
 MARGIN = 0.01
 """Difference in accuracy that matters."""
-ALPHA = 0.05
 
 
 class PairedDifference(NamedTuple):

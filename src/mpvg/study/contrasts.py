@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mpvg.statistics import CONFIDENCE_LEVEL, Interval, holm, verdict
+from mpvg.statistics import ALPHA, CONFIDENCE_LEVEL, Interval, holm, verdict
 from mpvg.study.plan import Contrast, Study
 
-ALPHA = 0.05
-"""Level of the tests."""
 CONTROL_ALPHA = 0.01
 """Level at which a control fails: many controls are looked at, and one in twenty would fail at 5 % by chance."""
 POWER = 0.8
