@@ -9,13 +9,13 @@ decide is listed as "incomplete".
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
+from timing import write_record
 
 from mpvg.runs.environment import environment
 
@@ -52,8 +52,7 @@ def main() -> int:
         )
         for violation in one["violations"]:
             print(f"  {violation['id']}: {violation['help']} ({', '.join(violation['where'][:3])})")
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.json, result)
     return int(any(one["violations"] or one["page_width"] > one["width"] for one in checked))
 
 

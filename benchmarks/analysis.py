@@ -13,7 +13,6 @@ Three questions, for a DeiT-Ti with 1,000 classes and random weights on images m
 
 import argparse
 import gc
-import json
 import resource
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from input import make_folder
-from timing import now, ratio, since
+from timing import now, ratio, since, write_record
 from torch import Tensor
 
 from mpvg import create_model, runs
@@ -55,8 +54,7 @@ def main() -> None:
         if name not in ("limits", "environment"):
             limit = f"  limit {LIMITS[name]}" if name in LIMITS else ""
             print(f"{name:32s} {value}{limit}")
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.json, result)
 
 
 def info(side: int, channels: int) -> DataInfo:

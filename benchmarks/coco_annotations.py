@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import write_record
 
 from mpvg.config import RunConfig
 from mpvg.data import open_listing
@@ -66,9 +67,7 @@ def main() -> int:
         "json_megabytes": megabytes,
     }
     result |= {"limits": {"peak": MAX_PEAK, "worker": MAX_WORKER}, "environment": environment()}
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.json, result)
     return 0 if ours["peak"] <= MAX_PEAK and ours["worker"] <= MAX_WORKER else 2
 
 

@@ -9,14 +9,13 @@ a process of its own above what it had before the pass. On a GPU: the same, in b
 """
 
 import argparse
-import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import now, ratio, since
+from timing import now, ratio, since, write_record
 
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.mask_rcnn import MaskRCNN
@@ -44,7 +43,7 @@ def main() -> None:
             print(f"{task:14s} {name:28s} {value}")
     if given.json:
         result = {"device": str(device), "compiled": given.compile, "results": results, "environment": environment()}
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
 
 
 def network(task: str, method: str, device: torch.device, *, compiled: bool = False) -> Callable[[torch.Tensor], Any]:

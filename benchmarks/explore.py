@@ -11,7 +11,6 @@ Exit status: 0 if the median of `browser` is below 300 ms, else 1.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from playwright.sync_api import sync_playwright
 from predict import make_images, make_run
+from timing import write_record
 
 from mpvg import runs
 from mpvg.analysis.explore import Changes, ExploredRun
@@ -98,7 +98,7 @@ def main() -> int:
     if given.json:
         record = {"medians": medians, "limit": LIMIT, "threads": torch.get_num_threads(), "load": os.getloadavg()}
         record |= {"seconds": measured, "environment": environment()}
-        given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(given.json, record)
     return 0 if medians["browser"] < LIMIT else 1
 
 

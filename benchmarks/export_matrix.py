@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import write_record
 from torch import Tensor, nn
 
 from mpvg.delivery import METHODS
@@ -56,7 +57,7 @@ def main() -> int:
     print(f"{len(rows)} cases, largest difference {worst:.1e}")
     if given.json:
         record = {"environment": environment(), "limit": LIMIT, "largest": worst, "cases": rows}
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(given.json, record)
     return int(not worst <= LIMIT)
 
 

@@ -16,21 +16,20 @@ Exit status: 0, or 2 if a limit fails.
 """
 
 import argparse
-import json
 import math
 import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from overhead import MAX_RATE_CHANGE, fp32_gflops, median_interval, seconds
+from timing import Block, Run, judge, measure_block, ratio, seconds, write_record
 from torch import nn
 
 from mpvg import create_model, fold
@@ -48,7 +47,6 @@ MANY, FEW = 180, 10
 """Rounds where there is a limit, and elsewhere."""
 SAMPLE_S = 0.03
 """A sample repeats a pass until it takes this long: short ones, because the speed of a shared machine drifts."""
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -59,25 +57,6 @@ class Limit:
     under: str
     at_most: float = math.inf
     at_least: float = 0.0
-
-
-@dataclass
-class Group:
-    """Variants that are measured together, one of them twice."""
-
-    name: str
-    reference: str
-    samples: dict[str, list[dict[str, float]]]
-    """Of a variant, in every round: seconds of one pass by each clock."""
-    gflops: list[float]
-    """Rate of a matrix product before and after."""
-    discarded: list[str] = field(default_factory=list)
-
-    def ratio(self, over: str, under: str, clock: str = "cpu") -> dict[str, float]:
-        """Median of the paired ratios, with its 95 % interval."""
-        rounds = zip(self.samples[over], self.samples[under], strict=True)
-        median, low, high = median_interval([a[clock] / b[clock] for a, b in rounds])
-        return {"median": median, "low": low, "high": high}
 
 
 def build(name: str, variant: str, size: int | None = None) -> nn.Module:
@@ -143,50 +122,37 @@ def session(kind: str, file: Path, images: Any) -> Run:
     return lambda: request.infer([images])
 
 
-def measure(name: str, reference: str, runs: dict[str, Run], pairs: int, rng: random.Random) -> Group:
+def measure(name: str, reference: str, runs: dict[str, Run], pairs: int, rng: random.Random) -> Block:
     """Rounds of all variants, until the control holds or the attempts are used up."""
     passes = {}
     for key, run in runs.items():
-        _, warm = run(), min(seconds(run)["wall"] for _ in range(3))
+        _, warm = run(), min(seconds(run).wall for _ in range(3))
         passes[key] = math.ceil(SAMPLE_S / warm)
     for _ in range(ATTEMPTS):
-        samples: dict[str, list[dict[str, float]]] = {key: [] for key in runs}
-        before = fp32_gflops("cpu")
-        for _ in range(pairs):
-            for key in rng.sample(list(runs), len(runs)):
-                samples[key].append(seconds(runs[key], passes[key]))
-        group = Group(name, reference, samples, [before, fp32_gflops("cpu")])
-        median, low, high = group.ratio(f"{reference} again", reference).values()
-        change = abs(group.gflops[1] / group.gflops[0] - 1)
-        found = {"A/A excludes 1": not low <= 1 <= high, "rate moved": change > MAX_RATE_CHANGE}
-        found["A/A is off"] = abs(median - 1) > (0.01 if pairs == MANY else 0.02)
-        group.discarded = [reason for reason, true in found.items() if true]
-        verdict = f"DISCARDED: {', '.join(group.discarded)}" if group.discarded else "kept"
-        rates = " to ".join(f"{rate:.0f}" for rate in group.gflops)
-        print(f"{name}: A/A {median:.4f} ({low:.4f} to {high:.4f}), {rates} GFLOP/s: {verdict}", flush=True)
-        if not group.discarded:
+        block = judge(measure_block(runs, passes, pairs, rng), name, reference, off=0.01 if pairs == MANY else 0.02)
+        if not block.discarded_because:
             break
-    return group
+    return block
 
 
 def rows_of(
-    group: Group, flops: dict[str, float], pairs: list[tuple[str, str]], limits: list[Limit]
+    name: str, block: Block, flops: dict[str, float], pairs: list[tuple[str, str]], limits: list[Limit]
 ) -> list[dict[str, Any]]:
-    """The ratios of a group, with what becomes of their limits."""
+    """The ratios of a group of variants, with what becomes of their limits."""
     rows = []
     for over, under in pairs:
-        cpu, wall = group.ratio(over, under), group.ratio(over, under, "wall")
-        time = statistics.median(sample["cpu"] for sample in group.samples[over])
-        row: dict[str, Any] = {"group": group.name, "variant": over, "reference": under, "cpu": cpu, "wall": wall}
-        row |= {"ms": 1e3 * time, "pairs": len(group.samples[over]), "discarded": group.discarded}
+        cpu, wall = (ratio(block.paired(over, under, clock)) for clock in ("cpu", "wall"))
+        time = statistics.median(sample.cpu for sample in block.samples[over])
+        row: dict[str, Any] = {"group": name, "variant": over, "reference": under}
+        row |= {"cpu": cpu._asdict(), "wall": wall._asdict(), "ms": 1e3 * time, "pairs": len(block.samples[over])}
+        row["discarded"] = block.discarded_because
         if over in flops:
-            row["share_of_matrix_rate"] = flops[over] / time / 1e9 / statistics.mean(group.gflops)
+            row["share_of_matrix_rate"] = flops[over] / time / 1e9 / statistics.mean(block.fp32_gflops)
         for limit in limits:
             if (limit.over, limit.under) == (over, under):
-                speed = 1 / cpu["median"]
-                holds = cpu["high"] <= limit.at_most and speed >= limit.at_least
+                holds = cpu.high <= limit.at_most and 1 / cpu.median >= limit.at_least
                 row |= {"at_most": limit.at_most} if limit.at_most < math.inf else {"at_least": limit.at_least}
-                row["verdict"] = "unmeasured" if group.discarded else "pass" if holds else "FAIL"
+                row["verdict"] = "unmeasured" if block.discarded_because else "pass" if holds else "FAIL"
         rows.append(row)
     return rows
 
@@ -209,7 +175,7 @@ def free(rng: random.Random) -> list[dict[str, Any]]:
         runs = {key: prepare(build("deit_tiny_patch16_224", kind), runtime, images) for key, kind in models.items()}
         pairs = [("folded mpvg", "gap"), ("gap again", "gap")]
         limits = [Limit("folded mpvg", "gap", at_most=1.02)] if runtime != "int8" else []
-        rows += rows_of(measure(runtime, "gap", runs, MANY, rng), {}, pairs, limits)
+        rows += rows_of(runtime, measure(runtime, "gap", runs, MANY, rng), {}, pairs, limits)
     return rows
 
 
@@ -218,7 +184,8 @@ def runtimes(rng: random.Random) -> list[dict[str, Any]]:
     images, model = torch.randn(1, 3, 224, 224), build("deit_tiny_patch16_224", "folded mpvg")
     runs = {runtime: prepare(model, runtime, images) for runtime in RUNTIMES}
     runs["eager again"] = prepare(build("deit_tiny_patch16_224", "folded mpvg"), "eager", images)
-    group = measure("folded mpvg, batch 1", "eager", runs, MANY, rng)
+    name = "folded mpvg, batch 1"
+    block = measure(name, "eager", runs, MANY, rng)
     pairs = [(key, "eager") for key in runs if key != "eager"]
     limits = [Limit("onnx", "eager", at_least=1.15), Limit("openvino", "eager", at_least=1.2)]
     if int8_instruction() is not None:
@@ -227,7 +194,7 @@ def runtimes(rng: random.Random) -> list[dict[str, Any]]:
         pairs.append(("int8", "onnx"))
         limits.append(Limit("int8", "onnx", at_least=1.25))
     flops = dict.fromkeys([key for key in runs if key != "int8"], flops_of("deit_tiny_patch16_224", 1))
-    return rows_of(group, flops, pairs, limits)
+    return rows_of(name, block, flops, pairs, limits)
 
 
 def networks(names: Sequence[str], batch: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -242,9 +209,9 @@ def networks(names: Sequence[str], batch: int, rng: random.Random) -> list[dict[
         runs["gap, eager again"] = prepare(build(name, "gap"), "eager", images)
         for other in ("timm", "transformers")[: 2 if name.startswith("deit") else 1]:
             runs[f"{other}, eager"] = prepare(build(name, other), "eager", images)
-        group = measure(name, "gap, eager", runs, FEW, rng)
+        block = measure(name, "gap, eager", runs, FEW, rng)
         flops = dict.fromkeys([key for key in runs if "int8" not in key], cost)
-        rows += rows_of(group, flops, [(key, "gap, eager") for key in runs], [])
+        rows += rows_of(name, block, flops, [(key, "gap, eager") for key in runs], [])
     return rows
 
 
@@ -261,8 +228,8 @@ def sizes(rng: random.Random) -> list[dict[str, Any]]:
         for runtime in ("onnx", "openvino"):
             model = build("deit_tiny_patch16_224", "folded mpvg", size)
             runs[f"folded mpvg, {runtime}"] = prepare(model, runtime, images)
-        group = measure(f"{size} pixels", "gap, eager", runs, FEW, rng)
-        rows += rows_of(group, {}, [(key, "gap, eager") for key in runs], [])
+        block = measure(f"{size} pixels", "gap, eager", runs, FEW, rng)
+        rows += rows_of(f"{size} pixels", block, {}, [(key, "gap, eager") for key in runs], [])
     return rows
 
 
@@ -296,7 +263,7 @@ def main() -> int:
             "eager_ms": eager,
             "results": results,
         }
-        (RECORDS / f"inference-{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORDS / f"inference-{part}.json", record)
         for row in results:
             low, median, high = (row["cpu"][key] for key in ("low", "median", "high"))
             ratio = f"{row['variant']} / {row['reference']}: {median:.3f} ({low:.3f} to {high:.3f})"

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from timing import write_record
+
 from mpvg.config import RunConfig
 from mpvg.data import open_listing
 from mpvg.runs.environment import environment
@@ -52,9 +54,7 @@ def main() -> int:
                 line = "{form:8s} {files:9,d} files {seconds:7.2f} s {cpu_seconds:7.2f} s of CPU {megabytes:6.0f} MB"
                 print(line.format(**results[-1]), flush=True)
     result = {"results": results, "limit": LIMIT, "classes": CLASSES, "environment": environment()}
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.json, result)
     slowest = max(r["seconds"] for r in results if r["files"] == max(given.files))
     print(f"{slowest:.1f} s, limit {LIMIT:.0f} s")
     return 0 if slowest <= LIMIT else 2

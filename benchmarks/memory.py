@@ -23,20 +23,15 @@ Exit status: 0, or 1 if these three differ by more than 1 % anywhere.
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from timing import write_record
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from mpvg import create_model
@@ -44,13 +39,12 @@ from mpvg.config import RunConfig
 from mpvg.recipes import RECIPES, paper, recipe
 from mpvg.runs.environment import environment
 from mpvg.tasks.classification import classification_loss
+from mpvg.training.estimate import SIZES, kept_bytes, total_bytes
 from mpvg.training.optimizer import build_optimizer
 
 NAMES = [name for name, function in RECIPES.items() if function.__module__ == paper.__name__]
 CLASSES = {"folder": 1000, "cifar100": 100}
 CHECKED = ["deit_tiny", "swin_tiny", "ceit_tiny", "t2t_vit_7", "vit_lite_7_cifar100"]
-SIZES = (8, 16)
-"""Batch sizes whose difference gives the bytes an image."""
 MAX_DIFFERENCE = 0.01
 
 
@@ -104,8 +98,7 @@ def main() -> int:
             "checks": checks,
             "environment": environment(),
         }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
     return int(any(max(c.values()) > (1 + MAX_DIFFERENCE) * min(c.values()) for c in checks.values()))
 
 
@@ -139,41 +132,24 @@ def fixed_bytes(network: nn.Module, config: RunConfig) -> dict[str, float]:
     optimizer.zero_grad()
     state = [value for entries in optimizer.state.values() for value in entries.values() if isinstance(value, Tensor)]
     return {
-        "weights": total(weights),
-        "gradients": total(trained),
-        "optimizer": total(state),
-        "averaged weights": total(averaged),
-        "images and targets": config.batch_size * total(batch_of(network, config, 1)),
+        "weights": total_bytes(weights),
+        "gradients": total_bytes(trained),
+        "optimizer": total_bytes(state),
+        "averaged weights": total_bytes(averaged),
+        "images and targets": config.batch_size * total_bytes(batch_of(network, config, 1)),
     }
-
-
-def total(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def kept_for_backward(
     network: nn.Module, config: RunConfig, size: int, precision: str = "fp32", *, fake: bool = True
 ) -> int:
-    """Bytes of the storages that autograd keeps; weights, images and targets, which are there anyway, left out."""
-    mode = FakeTensorMode()
-    values = dict(network.named_parameters()) | dict(network.named_buffers())
-    images, targets = batch_of(network, config, size)
-    if fake:
-        values = {name: mode.from_tensor(value) for name, value in values.items()}
-        images, targets = mode.from_tensor(images), mode.from_tensor(targets)
-    there = {tensor.untyped_storage()._cdata for tensor in (*values.values(), images, targets)}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that none makes room for another
+    """Bytes that autograd keeps of a batch."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in there:
-            kept[storage._cdata] = storage
-        return tensor
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            classification_loss(model(batch[0]), batch[1], config.augment.smoothing)
 
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    with mode if fake else nullcontext(), saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-        classification_loss(functional_call(network, values, (images,)), targets, config.augment.smoothing)
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept_bytes(network, step, batch_of(network, config, size), fake=fake)
 
 
 def fit(config: RunConfig, precision: str, kept: list[int], fixed: dict[str, float], room: float) -> Row:

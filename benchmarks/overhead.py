@@ -19,24 +19,23 @@ Exit status: 0 if every limit holds, 1 if one is unmeasured, 2 if one fails.
 """
 
 import argparse
-import gc
-import json
 import math
 import os
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timing import Block, judge, measure_block, ratio, seconds
 from torch import nn
 
 from mpvg import create_model, fold
+from mpvg.files import write_json
 from mpvg.runs.environment import environment as run_environment
 
 NETWORKS = [
@@ -58,7 +57,7 @@ VARIANTS: dict[str, Callable[[str], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Compared:
     over: str
     under: str
     aim: float = 1.0
@@ -67,29 +66,15 @@ class Ratio:
 
 
 RATIOS = [
-    Ratio("folded mpvg", "gap", aim=1.01, limit=1.02, cases=("inference-1",)),
-    Ratio("mpvg", "gap", aim=1.02, limit=1.05, cases=("training-16",)),
-    Ratio("default", "timm", aim=1.00, limit=1.03, cases=tuple(CASES)),
-    Ratio("gap", "default"),
-    CONTROL := Ratio("gap again", "gap"),
+    Compared("folded mpvg", "gap", aim=1.01, limit=1.02, cases=("inference-1",)),
+    Compared("mpvg", "gap", aim=1.02, limit=1.05, cases=("training-16",)),
+    Compared("default", "timm", aim=1.00, limit=1.03, cases=tuple(CASES)),
+    Compared("gap", "default"),
+    CONTROL := Compared("gap again", "gap"),
 ]
 MIN_SAMPLE_S = 0.1  # a sample repeats its step until it takes this long
-MAX_AA, MAX_RATE_CHANGE, MIN_PAIRS, ATTEMPTS_PER_BLOCK = 0.02, 0.10, 30, 2
+MAX_AA, MIN_PAIRS, ATTEMPTS_PER_BLOCK = 0.02, 30, 2
 CLOCKS = ("cpu", "wall")
-
-
-@dataclass
-class Block:
-    network: str
-    case: str
-    passes: int  # in a sample
-    fp32_gflops: list[float]  # before, after
-    samples: dict[str, list[dict[str, float]]]  # of a variant, in every round: seconds per pass by each clock
-    discarded_because: list[str] = field(default_factory=list)
-
-    def paired(self, ratio: Ratio, clock: str) -> list[float]:
-        rounds = zip(self.samples[ratio.over], self.samples[ratio.under], strict=True)
-        return [over[clock] / under[clock] for over, under in rounds]
 
 
 def build(network: str, training: bool, rng: random.Random) -> dict[str, nn.Module]:
@@ -111,69 +96,29 @@ def step(model: nn.Module, images: torch.Tensor, optimizer: torch.optim.Optimize
         optimizer.zero_grad()
 
 
-def seconds(run: Callable[[], object], passes: int = 1) -> dict[str, float]:
-    """The time of one pass, without garbage collection."""
-    gc.disable()
-    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-    for _ in range(passes):
-        run()
-    cpu, wall = time.process_time_ns() - cpu, time.perf_counter_ns() - wall
-    gc.enable()
-    return {"cpu": cpu / passes / 1e9, "wall": wall / passes / 1e9}
-
-
-def fp32_gflops(clock: str, side: int = 1024) -> float:
-    matrix = torch.ones(side, side)
-    times = [seconds(lambda: matrix @ matrix, passes=4)[clock] for _ in range(15)]
-    return 2 * side**3 / statistics.median(times[3:]) / 1e9
-
-
 def measure(network: str, case: str, args: argparse.Namespace, rng: random.Random) -> Block:
     models = build(network, training := case.startswith("training"), rng)
     images = torch.randn(CASES[case], *(timm.get_pretrained_cfg_value(f"mpvg_{network}", "input_size") or ()))
     adamw = partial(torch.optim.AdamW, lr=1e-4, fused=True)
     steps = {key: partial(step, m, images, adamw(m.parameters()) if training else None) for key, m in models.items()}
-    _, warm = [min(seconds(run)["wall"] for run in steps.values()) for _ in range(2)]
-    passes = math.ceil(MIN_SAMPLE_S / warm)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    before = fp32_gflops(args.clock)
-    for _ in range(args.pairs):
-        for name in rng.sample(list(steps), len(steps)):
-            samples[name].append(seconds(steps[name], passes))
-    return judge(Block(network, case, passes, [before, fp32_gflops(args.clock)], samples), args.clock)
+    _, warm = [min(seconds(run).wall for run in steps.values()) for _ in range(2)]
+    passes = dict.fromkeys(steps, math.ceil(MIN_SAMPLE_S / warm))
+    block = measure_block(steps, passes, args.pairs, rng, args.clock)
+    return judge(block, f"{network} {case}", CONTROL.under, off=MAX_AA / 2, wide=MAX_AA, clock=args.clock)
 
 
-def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """The median, and the narrowest order statistics that hold it between them with at least this probability."""
-    ordered, n, rank = sorted(values), len(values), 0
-    while sum(math.comb(n, below) for below in range(rank + 2)) / 2**n <= (1 - level) / 2:
-        rank += 1
-    return statistics.median(ordered), ordered[rank], ordered[n - 1 - rank]
-
-
-def judge(block: Block, clock: str) -> Block:
-    """Decides by the controls alone whether a block is kept, and says so."""
-    median, low, high = median_interval(block.paired(CONTROL, clock))
-    before, after = block.fp32_gflops
-    found = {"A/A excludes 1": not low <= 1 <= high, "A/A is wide": max(1 - low, high - 1) > MAX_AA}
-    found |= {"A/A is off": abs(median - 1) > MAX_AA / 2, "fp32 moved": abs(after / before - 1) > MAX_RATE_CHANGE}
-    block.discarded_because = [reason for reason, true in found.items() if true]
-    controls = f"A/A {median:.4f} ({low:.4f} to {high:.4f}), fp32 {before:.0f} to {after:.0f} GFLOP/s"
-    verdict = "DISCARDED: " + ", ".join(block.discarded_because) if block.discarded_because else "kept"
-    print(f"{block.network} {block.case}: {controls}: {verdict}", flush=True)
-    return block
-
-
-def summarize(ratio: Ratio, last: Block, kept: Sequence[Block], args: argparse.Namespace) -> dict[str, Any]:
+def summarize(
+    compared: Compared, network: str, case: str, kept: Sequence[Block], args: argparse.Namespace
+) -> dict[str, Any]:
     """One row: a ratio over the kept blocks of a case, and what becomes of its limit."""
-    row: dict[str, Any] = {"network": last.network, "case": last.case, "ratio": f"{ratio.over} / {ratio.under}"}
+    row: dict[str, Any] = {"network": network, "case": case, "ratio": f"{compared.over} / {compared.under}"}
     for clock in CLOCKS if kept else ():
-        blocks = [block.paired(ratio, clock) for block in kept]
-        median, low, high = median_interval([value for values in blocks for value in values])
-        row[clock] = {"median": median, "low": low, "high": high, "blocks": [statistics.median(b) for b in blocks]}
-    row |= {"pairs": sum(len(block.samples[ratio.over]) for block in kept), "verdict": "-"}
-    if last.case in ratio.cases:
-        row |= {"aim": ratio.aim, "limit": ratio.limit}
+        blocks = [block.paired(compared.over, compared.under, clock) for block in kept]
+        found = ratio([value for values in blocks for value in values])
+        row[clock] = {**found._asdict(), "blocks": [statistics.median(b) for b in blocks]}
+    row |= {"pairs": sum(len(block.samples[compared.over]) for block in kept), "verdict": "-"}
+    if case in compared.cases:
+        row |= {"aim": compared.aim, "limit": compared.limit}
         usable = row["pairs"] >= MIN_PAIRS and args.threads == 1
         row["verdict"] = "unmeasured" if not usable else "pass" if row[args.clock]["high"] <= row["limit"] else "FAIL"
     return row
@@ -185,7 +130,7 @@ def print_table(rows: Sequence[dict[str, Any]], clock: str) -> None:
     for row in rows:
         shown = ["-"] * 4
         if clock in row:
-            median, low, high, each = row[clock].values()
+            low, median, high, each = (row[clock][key] for key in ("low", "median", "high", "blocks"))
             shown = [f"{median:.4f}", f"{low:.4f} to {high:.4f}", f"{min(each):.4f} to {max(each):.4f}"]
             shown += [f"{row[other]['median']:.4f}"]
         limits = [f"{row[key]:.2f}" if key in row else "-" for key in ("aim", "limit")]
@@ -208,7 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=30, help="rounds in a block")
     parser.add_argument("--blocks", type=int, default=3, help="blocks to keep for every case")
     parser.add_argument("--seed", type=int, default=0, help="for the order in a round, weights and images")
-    parser.add_argument("--json", type=Path, help="write every value to this file")
+    parser.add_argument("--json", help="write every value to this file")
     args = parser.parse_args()
     args.clock = "cpu" if args.threads == 1 else "wall"
     return args
@@ -224,18 +169,18 @@ def main() -> int:
         for case in args.cases:
             kept: list[Block] = []
             for _ in range(ATTEMPTS_PER_BLOCK * args.blocks):
-                blocks.append(measure(network, case, args, rng))
-                kept += [] if blocks[-1].discarded_because else blocks[-1:]
+                block = measure(network, case, args, rng)
+                blocks.append({"network": network, "case": case, **block.to_dict()})
+                kept += [] if block.discarded_because else [block]
                 if len(kept) == args.blocks:
                     break
-            present = [r for r in RATIOS if {r.over, r.under} <= blocks[-1].samples.keys()]
-            rows += [summarize(ratio, blocks[-1], kept, args) for ratio in present]
+            present = [r for r in RATIOS if {r.over, r.under} <= block.samples.keys()]
+            rows += [summarize(compared, network, case, kept, args) for compared in present]
     print_table(rows, args.clock)
-    discarded = sum(bool(block.discarded_because) for block in blocks)
+    discarded = sum(bool(block["discarded_because"]) for block in blocks)
     print(f"{discarded} of {len(blocks)} blocks discarded; {args.threads} thread(s), {environ['hardware']}")
     if args.json:
-        record = {"environment": environ, "results": rows, "discarded": discarded, "blocks": [*map(asdict, blocks)]}
-        args.json.write_text(json.dumps(record, default=str) + "\n")
+        write_json(Path(args.json), {"environment": environ, "results": rows, "discarded": discarded, "blocks": blocks})
     return max({"FAIL": 2, "unmeasured": 1}.get(row["verdict"], 0) for row in rows)
 
 

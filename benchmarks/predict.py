@@ -19,7 +19,6 @@ rounds) and the memory is flat, else 1.
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timing import write_record
 
 from mpvg.cli.main import main as mpvg
 from mpvg.config import RunConfig
@@ -132,7 +132,7 @@ def main() -> int:
     if given.json:
         values = {"images": given.images, "model": given.model, "threads": torch.get_num_threads()}
         record = {**values, "load": os.getloadavg(), "ratios": rates, **measured, "environment": environment()}
-        given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(given.json, record)
     return 0 if statistics.median(rates) >= LEAST and growth <= MAX_GROWTH else 1
 
 

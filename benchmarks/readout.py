@@ -11,13 +11,12 @@ Exit status: 0 if `extract` has at least 0.9 times the images a second of the ne
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 import timm
 import torch
-from timing import now, ratio, since
+from timing import now, ratio, since, write_record
 
 from mpvg.analysis.readouts import choose, extract
 from mpvg.models.tokens import TokenReader
@@ -71,7 +70,7 @@ def main() -> int:
             "least": LEAST,
             "environment": environment() | {"threads": 1},
         }
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
     return int(found["extract"]["median"] < LEAST)
 
 

@@ -9,7 +9,6 @@ and summary are compared with those of a run that nothing happened to. Exits wit
 """
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -20,8 +19,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from timing import write_record
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "training"))
+sys.path[:0] = [str(ROOT / "tests" / "training"), str(ROOT / "tests" / "shared")]
 
 from conftest import kill_below, read_record, torchrun  # noqa: E402  what the tests of single kills use
 from mpvg.runs.environment import environment  # noqa: E402
@@ -85,8 +86,7 @@ def main() -> int:
             "seed": given.seed,
             "environment": environment(),
         }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
     return int(any(row.different for row in found))
 
 

@@ -9,7 +9,6 @@ to. Exits with 1 if one has not.
 """
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -18,6 +17,8 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from timing import write_record
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "training"), str(ROOT / "tests" / "shared")]
@@ -67,8 +68,7 @@ def main() -> int:
             "seed": given.seed,
             "environment": environment(),
         }
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_record(given.json, result)
     return int(bool(found.faults))
 
 

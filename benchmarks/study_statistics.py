@@ -10,13 +10,14 @@ Exit status: 0 if each rate of equal spreads is within three standard errors of 
 
 import argparse
 import gc
-import json
 import math
 from pathlib import Path
 
 import numpy as np
+from timing import write_record
 
 from mpvg.runs.environment import environment
+from mpvg.statistics import ALPHA
 from mpvg.study import contrasts
 from mpvg.study.contrasts import evaluate
 from mpvg.study.plan import Arm, Contrast, Setting, Study
@@ -44,7 +45,7 @@ def simulate(seeds: int, repetitions: int, spread: float) -> dict[str, float]:
         counts["family"] += any(result.differs for result in results)
         apart = {"a": [value + 1.0 for value in given["a"]], "b": given["b"]}
         p = contrasts._equivalence_p({"a": 1.0, "b": -1.0}, apart, STUDY.margins["nll"])
-        counts["equivalent at the margin"] += p < contrasts.ALPHA
+        counts["equivalent at the margin"] += p < ALPHA
     return {name: count / repetitions for name, count in counts.items()}
 
 
@@ -65,9 +66,7 @@ def main() -> int:
             found[name] = rates = simulate(seeds, given.repetitions, spread)
             print(f"{name}: " + ", ".join(f"{what} {100 * rate:.1f} %" for what, rate in rates.items()), flush=True)
             errors = max(rate for what, rate in rates.items() if what != "coverage")
-            if given.json:
-                values = {"repetitions": given.repetitions, "rates": found, **environment()}
-                given.json.write_text(json.dumps(values, indent=1) + "\n")
+            write_record(given.json, {"repetitions": given.repetitions, "rates": found, **environment()})
             holds &= spread > 1 or (abs(rates["coverage"] - 0.95) <= bound and errors <= 0.05 + bound)
     return 0 if holds else 2
 

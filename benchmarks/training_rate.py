@@ -14,7 +14,6 @@ wall and by CPU time. The bare step compared with itself is the control: where i
 
 import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from input import make_folder
-from timing import Times, now, ratio, since
+from timing import Times, now, ratio, since, write_record
 
 from mpvg.config import RunConfig
 from mpvg.recipes import recipe
@@ -81,9 +80,7 @@ def main() -> None:
             f"  {name:18s} {median:8.3f}  [{low:.3f}, {high:.3f}]"
             + (f"  limit {result['limit']}" if "loop" in name else "")
         )
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.json, result)
 
 
 def config_for(name: str, folder: Path, threads: int) -> RunConfig:

@@ -1,5 +1,5 @@
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
@@ -21,6 +21,22 @@ def reproducible() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must be refused in one line, and returns that line."""
+    from mpvg.cli.main import main
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("mpvg: error: ")
+        assert said.count("\n") == 1, said
+        return said.removeprefix("mpvg: error: ").rstrip("\n")
+
+    return run
 
 
 LONG = ("test_kill", "test_restart", "test_graphs", "test_contract", "test_runner", "test_demo", "test_claims")

@@ -50,22 +50,6 @@ def raise_at_step(number: int, error: BaseException) -> Callable[..., Any]:
     return prepare
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused in one line, and returns that line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert said.startswith("mpvg: error: ")
-        assert said.count("\n") == 1, said
-        return said.removeprefix("mpvg: error: ").rstrip("\n")
-
-    return run
-
-
 # ---- help
 
 

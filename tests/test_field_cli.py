@@ -34,21 +34,6 @@ from mpvg.training.loop import Trainer
 Refused = Callable[..., str]
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused in one line, and returns that line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("mpvg: error: ")
-        assert said.count("\n") == 1, said
-        return said.removeprefix("mpvg: error: ").rstrip("\n")
-
-    return run
-
-
 def printed_config(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert main(["train", *map(str, arguments), "--print_config"]) == 0, capsys.readouterr().err
     values: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)

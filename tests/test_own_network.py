@@ -23,6 +23,7 @@ from mpvg.models import create_model, importing, own
 from mpvg.study.folder import open_folder
 from mpvg.study.slurm import Worker, submit
 from mpvg.tasks.classification import ClassificationTask
+from short_runs import weight_files
 
 EXAMPLE = Path(__file__).parent.parent / "examples/own_network.py"
 MODEL = f"{EXAMPLE}:small_vit"
@@ -59,25 +60,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused in one line, and returns that line."""
-
-    def give(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("mpvg: error: ")
-        assert said.count("\n") == 1
-        return said.removeprefix("mpvg: error: ").strip()
-
-    return give
-
-
-def weights(run: Path) -> bytes:
-    return (run / "checkpoints/last/model.safetensors").read_bytes()
-
-
 def plan_file(folder: Path, model: str | None) -> Path:
     values = json.loads(json.dumps(PLAN))
     if model:
@@ -112,7 +94,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(run: Path, tmp_path: Pat
     forget()
     assert f"add --model {MODEL}" in refused("train", "--resume", killed)
     assert main(["train", "--resume", str(killed), "--model", os.path.relpath(EXAMPLE) + ":small_vit"]) == 0
-    assert weights(killed) == weights(run)
+    assert weight_files(killed) == weight_files(run)
 
 
 def test_evaluate_needs_the_flag(run: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:

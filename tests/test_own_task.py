@@ -26,6 +26,7 @@ from mpvg.models import create_model
 from mpvg.runs import load
 from mpvg.tasks import Evaluation, Metric, Prediction
 from mpvg.training import train
+from short_runs import weight_files
 
 SIDE = 28
 
@@ -190,10 +191,6 @@ def command(boxes: Path) -> list[str]:
     return ["train", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (run / "checkpoints/last").glob("*.safetensors")}
-
-
 def interrupted(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Lets the task die in a step, counted from 1."""
     original, steps = CenterTask.prepare, iter(range(1, 10**6))
@@ -220,7 +217,7 @@ def test_it_trains_resumes_evaluates_predicts_and_is_listed(
             start = ["train", "--resume", str(killed)] if killed.exists() else [*command, "--out", str(killed)]
             assert main(start) == 130
     assert main(["train", "--resume", str(killed)]) == 0
-    assert weights(killed) == weights(whole)
+    assert weight_files(killed) == weight_files(whole)
     capsys.readouterr()
 
     summary, lines = load(whole).summary(), load(whole).metrics()
@@ -253,7 +250,7 @@ def test_its_options_change_the_training_and_the_digest(command: list[str], tmp_
     for name, options in (("a", "{}"), ("b", '{"power": 1.5}'), ("c", '{"power": 1.5, "flip": false}')):
         extra = ["--task_options", options, "--epochs", "1", "--out", str(tmp_path / name)]
         assert main([*command, *extra, "--optim.warmup_epochs", "0"]) == 0
-        found[name] = (weights(tmp_path / name)["model.safetensors"], load(tmp_path / name).config.digest())
+        found[name] = (weight_files(tmp_path / name)["model.safetensors"], load(tmp_path / name).config.digest())
     assert len({weight for weight, _ in found.values()}) == 3
     assert len({digest for _, digest in found.values()}) == 3
 

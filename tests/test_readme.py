@@ -313,3 +313,20 @@ def test_the_tables_of_speed_are_made_of_the_records(monkeypatch: pytest.MonkeyP
     tables = importlib.import_module("inference_tables")
     for file, parts in tables.tables().items():
         assert tables.rewritten(file.read_text(), parts) == file.read_text(), f"{file}: run {tables.__file__}"
+
+
+def test_the_records_of_time_follow_from_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which blocks were discarded, and the median and the interval of each ratio over the others."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    timing, found = importlib.import_module("timing"), record("overhead")
+    kept: dict[tuple[str, str], list[Any]] = {}
+    for one in found["blocks"]:
+        samples = {name: [timing.Times(**taken) for taken in rounds] for name, rounds in one["samples"].items()}
+        block = timing.judge(timing.Block({}, one["fp32_gflops"], samples), "", "gap", off=0.01, wide=0.02)
+        assert block.discarded_because == one["discarded_because"]
+        kept.setdefault((one["network"], one["case"]), []).extend([] if block.discarded_because else [block])
+    assert found["results"]
+    for row in found["results"]:
+        pairs = [block.paired(*row["ratio"].split(" / ")) for block in kept[row["network"], row["case"]]]
+        low, median, high = timing.ratio([value for values in pairs for value in values])
+        assert (low, median, high) == tuple(pytest.approx(row["cpu"][key]) for key in ("low", "median", "high"))

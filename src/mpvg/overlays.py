@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORED = 255
+from mpvg.data.ade20k import IGNORED
+
 """Label of a pixel that is of no class, which is left as it is."""
 _GOLDEN = 0.6180339887
 """Turns of the hue between one class and the next: neighbours in the list of classes are far apart in color."""

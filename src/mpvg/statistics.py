@@ -1,6 +1,7 @@
 """Correlations, intervals and other statistics, computed on float64 tensors."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ RESAMPLES = 1000
 """Bootstrap resamples from which an interval is computed."""
 CONFIDENCE_LEVEL = 0.95
 """Confidence level of every interval."""
+ALPHA = 0.05
+"""Level of every test but that of a control."""
 
 
 class Interval(NamedTuple):
@@ -173,44 +176,11 @@ def difference_and_interval(values: list[float], others: list[float]) -> tuple[f
     return difference, Interval(difference - half, difference + half)
 
 
-class FoldDifference(NamedTuple):
-    """What the folds of a cross-validation say about a difference."""
+def holm(ps: Sequence[float]) -> list[float]:
+    """Each p, corrected by Holm's method for all of them."""
+    from statsmodels.stats.multitest import multipletests
 
-    difference: float
-    interval: Interval
-    error: float
-    """Standard error."""
-    p: float
-    """Two-sided, of no difference."""
-    p_equivalent: float
-    """Of a difference of the margin or more, by two one-sided tests."""
-
-
-def fold_difference(differences: list[float], margin: float) -> FoldDifference:
-    """Mean of paired differences over the folds of a cross-validation, with the corrected resampled t.
-
-    The training parts overlap, so that the folds are not independent: the variance of the mean is that of the folds
-    times 1 / folds + 1 / (folds - 1), the share of tested to trained images.
-
-    Args:
-        differences: one for each fold, at least two.
-        margin: the smallest difference that matters, > 0.
-
-    Source:
-        Nadeau and Bengio, Inference for the Generalization Error, 2003.
-    """
-    from scipy.stats import t
-
-    sample, count = torch.tensor(differences, dtype=torch.float64), len(differences)
-    mean = float(sample.mean())
-    error = float(sample.std()) * math.sqrt(1 / count + 1 / (count - 1))
-    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, count - 1)) * error
-    room = margin - abs(mean)
-    if error == 0:
-        p, p_equivalent = float(mean == 0), float(room <= 0)
-    else:
-        p, p_equivalent = 2 * float(t.sf(abs(mean) / error, count - 1)), float(t.sf(room / error, count - 1))
-    return FoldDifference(mean, Interval(mean - half, mean + half), error, p, p_equivalent)
+    return [float(p) for p in multipletests(ps, method="holm")[1]] if len(ps) > 1 else list(ps)
 
 
 def verdict(difference: float, *, differs: bool, equivalent: str | None, undecided: str) -> str:

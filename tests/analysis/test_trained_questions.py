@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mpvg.analysis import linear_probe, plain, readout, readouts, resolutions
 from mpvg.analysis.findings import Estimate
+from mpvg.analysis.paired import images_needed, judge, paired_difference
 from mpvg.analysis.sensitivity import CachedBatches
 from mpvg.cli.main import main
 from mpvg.data import ImageBatch
 from mpvg.models import create_model
 from mpvg.models.tokens import TokenReader, layers_of
-from mpvg.statistics import fold_difference
 
 SMALL: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 28, "num_classes": 3}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -129,13 +129,14 @@ def test_folds_deal_out_each_class_and_refuse_too_few() -> None:
         linear_probe.split_folds(torch.zeros(9, dtype=torch.int64), 3, 0)
 
 
-def test_fold_difference_is_the_corrected_resampled_t() -> None:
+@pytest.mark.parametrize(("folds", "share"), [(True, 1 / 5 + 1 / 4), (False, 1 / 5)], ids=["folds", "images"])
+def test_paired_difference_is_students_t_corrected_for_folds(folds: bool, share: float) -> None:
     from scipy.stats import t
 
     values = [0.01, 0.03, 0.02, 0.04, 0.0]
-    found = fold_difference(values, 0.1)
+    found = paired_difference(values, folds=folds, margin=0.1)
     variance = sum((v - 0.02) ** 2 for v in values) / 4
-    error = math.sqrt(variance * (1 / 5 + 1 / 4))
+    error = math.sqrt(variance * share)
     assert found.difference == pytest.approx(0.02)
     assert found.interval.high == pytest.approx(0.02 + t.ppf(0.975, 4) * error)
     assert found.p == pytest.approx(2 * t.sf(0.02 / error, 4))
@@ -164,6 +165,9 @@ def test_words_of_a_comparison() -> None:
     assert words["max"] == "equivalent within 1 point"
     assert words["token"] == "higher"
     assert words["both"].startswith("undecided: needs ")
+    # z of 0.95 and 0.9 exclude a difference; of 1 - 0.05 / 8 and 0.8, with four pairs, find one
+    assert images_needed(0.01, 100, 1) == 860  # (1.645 + 1.282) ** 2 = 8.56
+    assert images_needed(0.01, 100, 4) == 1200  # (2.498 + 0.842) ** 2 = 11.15
     sentence = readout.conclude([best, same, worse, noisy], readout.compare([best, same, worse, noisy], 500))
     assert sentence.startswith("Use mean (")
     assert "higher than token" in sentence
@@ -291,4 +295,5 @@ def test_few_images_without_a_difference_are_no_equivalence() -> None:
     same = readout.Scored("mean", Estimate(1.0), Estimate(0.0), [linear_probe.Score(1.0, 0.0)] * 5)
     pair = readout.compare([same, same], 40)[0]
     assert pair.word == "undecided: needs 301 images"
+    assert judge([paired_difference([0.0] * 40)], 40) == [(1.0, "undecided: needs 301 images")]
     assert readout.compare([same, same], 400)[0].word == "equivalent within 1 point"

@@ -32,6 +32,7 @@ from mpvg.data import (
     register_format,
 )
 from mpvg.data.types import DeviceTransform, Split
+from short_runs import write_cifar10
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -72,15 +73,7 @@ def make_config() -> Callable[..., RunConfig]:
 @pytest.fixture
 def cifar_folder(tmp_path: Path) -> Path:
     """CIFAR-10's binary version with 5 x 10 training and 13 test images."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    for name, size in [*((f"data_batch_{n}", 10) for n in range(1, 6)), ("test_batch", 13)]:
-        records = rng.integers(0, 256, (size, 3073), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, size)
-        (folder / f"{name}.bin").write_bytes(records.tobytes())
-    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_NAMES) + "\n\n")
-    return folder
+    return write_cifar10(tmp_path / "cifar-10-batches-bin")
 
 
 @pytest.fixture

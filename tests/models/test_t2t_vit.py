@@ -25,6 +25,7 @@ from reference import (
     ref_resampled,
     windows,
 )
+from small_networks import accepted
 
 NAME = "t2t_vit_7"
 DEPTH, DIM, HEADS, TOKEN, FEATURES, EPS = 7, 12, 3, 64, 32, 1e-5
@@ -32,18 +33,8 @@ IMAGE, GRID = (32, 48), (2, 3)  # an image that is not square tells rows from co
 SIZES: dict[str, Any] = {"img_size": IMAGE, "embed_dim": DIM, "num_heads": HEADS, "num_classes": 5}
 
 
-def accepted() -> dict[str, DeliverySpec]:
-    """The methods that fit a network of seven layers, and one of a researcher's own."""
-    found = {"own": DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)}
-    for name in METHODS:
-        try:
-            found[name] = resolve(name, NetworkTraits(name="T2T-ViT", depth=DEPTH))
-        except ValueError:
-            assert name in ("mpvg_last8", "mpvg_last11")
-    return found
-
-
-every_method = pytest.mark.parametrize("method", accepted().values(), ids=accepted().keys())
+METHODS_HERE = accepted(DEPTH)
+every_method = pytest.mark.parametrize("method", METHODS_HERE.values(), ids=METHODS_HERE.keys())
 
 
 def images(size: tuple[int, int] = IMAGE) -> Tensor:

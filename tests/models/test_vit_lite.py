@@ -14,6 +14,7 @@ from mpvg.models import create_model, load_checkpoint
 from mpvg.models.checkpoints import translate
 from mpvg.models.vit_lite import ViTLite
 from reference import assert_close, ref_attention, ref_delivered, ref_linear, ref_mlp, ref_norm, ref_patches
+from small_networks import accepted
 
 NAME = "vit_lite_7_patch4_32"
 DEPTH, DIM, HEADS, PATCH, EPS = 7, 12, 3, 4, 1e-5
@@ -21,18 +22,8 @@ IMAGE, GRID = (8, 12), (2, 3)  # an image that is not square tells rows from col
 SIZES: dict[str, Any] = {"img_size": IMAGE, "embed_dim": DIM, "num_heads": HEADS, "num_classes": 5}
 
 
-def accepted() -> dict[str, DeliverySpec]:
-    """The methods that fit a network of seven layers, and one of a researcher's own."""
-    found = {"own": DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)}
-    for name in METHODS:
-        try:
-            found[name] = resolve(name, NetworkTraits(name="ViT-Lite", depth=DEPTH))
-        except ValueError:
-            assert name in ("mpvg_last8", "mpvg_last11")
-    return found
-
-
-every_method = pytest.mark.parametrize("method", accepted().values(), ids=accepted().keys())
+METHODS_HERE = accepted(DEPTH)
+every_method = pytest.mark.parametrize("method", METHODS_HERE.values(), ids=METHODS_HERE.keys())
 
 
 def images(size: tuple[int, int] = IMAGE) -> Tensor:

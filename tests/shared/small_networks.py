@@ -1,9 +1,10 @@
-"""A small network of each family, as the tests of exports build them."""
+"""A small network of each family, and the methods that small networks take."""
 
 from typing import Any
 
 import torch
 
+from mpvg.delivery import METHODS, DeliverySpec, NetworkTraits, resolve
 from mpvg.models import create_model
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -14,6 +15,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT-Lite": ("vit_lite_6_patch4_32", {"img_size": 8, "depth": 2, "embed_dim": 12, "num_heads": 2}),
     "timm": ("timm/vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 12, "num_heads": 2}),
 }
+
+
+def accepted(depth: int) -> dict[str, DeliverySpec]:
+    """The methods that fit a network of so few layers, and one of a researcher's own."""
+    found = {"own": DeliverySpec(pool="token", first_layer=0, hierarchical=False, last_index=3)}
+    for name in METHODS:
+        try:
+            found[name] = resolve(name, NetworkTraits(name="small", depth=depth))
+        except ValueError:
+            assert name in ("mpvg_last8", "mpvg_last11")
+    return found
 
 
 def build(family: str, method: Any = "mpvg", **kwargs: Any) -> Any:

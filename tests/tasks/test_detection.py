@@ -38,6 +38,7 @@ from mpvg.tasks.detection import DetectionOptions, DetectionTask
 from mpvg.tasks.detections import Detections
 from mpvg.training.loop import Trainer
 from mpvg.training.starting import with_init_file
+from short_runs import Death, weight_files
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -261,10 +262,6 @@ def test_processes_count_each_image_once_with_the_same_statistics(
     assert found == alone
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (run / "checkpoints/last").glob("*.safetensors")}
-
-
 def command(config: RunConfig, out: Path) -> list[str]:
     given = {
         "recipe": "canvas_detection",
@@ -277,10 +274,6 @@ def command(config: RunConfig, out: Path) -> list[str]:
         "device": "cpu",
     }
     return ["train", "--out", str(out), *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
-
-
-class Death(BaseException):
-    """What ends a run; no part of the package can take it for an error of its own."""
 
 
 def die_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +313,7 @@ def test_it_trains_dies_resumes_evaluates_predicts_and_is_listed(
     die_at(2, command(config, killed), monkeypatch)
     die_at(3, ["train", "--resume", str(killed)], monkeypatch)  # in the second epoch
     assert main(["train", "--resume", str(killed)]) == 0
-    assert weights(killed) == weights(whole)
+    assert weight_files(killed) == weight_files(whole)
     untimed = [
         [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in load(run).metrics()]
         for run in (whole, killed)

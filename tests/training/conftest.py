@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig, RunConfig
@@ -24,6 +23,7 @@ from mpvg.data import ImageBatch
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.training import resume, train
 from mpvg.training.progress import Reporter
+from short_runs import Death, write_cifar10
 
 TIMINGS = ("seconds", "images_per_second")
 
@@ -31,15 +31,7 @@ TIMINGS = ("seconds", "images_per_second")
 @pytest.fixture(scope="session")
 def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10's binary version with 5 x 10 training and 13 test images."""
-    rng = np.random.default_rng(0)
-    root = tmp_path_factory.mktemp("cifar")
-    for name, size in [*((f"data_batch_{n}", 10) for n in range(1, 6)), ("test_batch", 13)]:
-        records = rng.integers(0, 256, (size, 3073), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, size)
-        (root / f"{name}.bin").write_bytes(records.tobytes())
-    names = "airplane automobile bird cat deer dog frog horse ship truck"
-    (root / "batches.meta.txt").write_text(names.replace(" ", "\n"))
-    return root
+    return write_cifar10(tmp_path_factory.mktemp("cifar"))
 
 
 @pytest.fixture
@@ -105,10 +97,6 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[BeforeStep], None]
     monkeypatch.setattr(Reporter, "__init__", begin_counting)
     monkeypatch.setattr(ClassificationTask, "prepare", call_and_prepare)
     return arrange
-
-
-class Death(BaseException):
-    """What ends a run; no part of the package can take it for an error of its own."""
 
 
 @pytest.fixture

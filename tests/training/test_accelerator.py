@@ -9,24 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from mpvg import create_model, runs
 from mpvg.config import NetworkConfig, RunConfig
 from mpvg.training import resume, train
 from mpvg.training.accelerator import TRACKERS, AsyncCopy, make_accelerator, prepare_model
+from short_runs import weights
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
 
 
-def weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "checkpoints/last/model.safetensors")
-
-
 def same_to_rounding(config: RunConfig, other: RunConfig) -> None:
-    one, two = weights(config), weights(other)
+    one, two = weights(config.out), weights(other.out)
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -71,7 +67,7 @@ def test_a_tracker_changes_no_bit_and_no_run_without_one_has_its_files(tiny: Mak
     train(plain, quiet=True)
     train(watched, quiet=True)
     assert plain.digest() == watched.digest()
-    assert all(torch.equal(value, weights(watched)[name]) for name, value in weights(plain).items())
+    assert all(torch.equal(value, weights(watched.out)[name]) for name, value in weights(plain.out).items())
     assert not (Path(plain.out) / "track").exists()
 
 

@@ -26,15 +26,12 @@ from mpvg.seeding import seed_everything
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.training import Interrupted, NonFiniteLoss, resume, stopping, train
 from mpvg.training.accelerator import bf16_refusal
+from short_runs import Death
 
 MakeConfig = Callable[..., RunConfig]
 Record = Callable[..., dict[str, Any]]
 BeforeStep = Callable[[Callable[[int, ImageBatch], Any]], None]
 TrainUntil = Callable[[RunConfig, int], None]
-
-
-class Death(BaseException):
-    """What ends a run; no part of the package can take it for an error of its own."""
 
 
 def assert_same(actual: dict[str, Any], expected: dict[str, Any], where: str = "") -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, RunConfig
@@ -32,6 +31,7 @@ from mpvg.training.loop import _check_pairs
 from mpvg.training.progress import Reporter
 from mpvg.training.state import TrainProgress, _read_progress
 from mpvg.training.stopping import SIGNALS, GracefulShutdown, Interrupted
+from short_runs import weights
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -94,10 +94,6 @@ def own_state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "checkpoints/last/model.safetensors")
-
-
 @pytest.mark.parametrize("names", [*([name] for name in SETTINGS), list(SETTINGS)], ids=lambda names: names[-1])
 def test_no_setting_of_accelerate_in_the_environment_reaches_a_run(
     names: list[str], short: MakeConfig, own_state: None, monkeypatch: pytest.MonkeyPatch
@@ -124,8 +120,8 @@ def test_a_run_has_the_same_bits_with_settings_of_accelerate_in_the_environment(
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
     train(short("set"), quiet=True)
-    found = weights(short("set"))
-    for name, weight in weights(short("plain")).items():
+    found = weights(short("set").out)
+    for name, weight in weights(short("plain").out).items():
         assert torch.equal(found[name], weight), name
 
 
@@ -375,8 +371,8 @@ def test_a_hangup_stops_as_sigterm_does(
     before_step(lambda step, batch: None)
     resume(short().out, quiet=True)
     train(short("whole", epochs=2), quiet=True)
-    found = weights(short())
-    assert all(torch.equal(found[name], value) for name, value in weights(short("whole")).items())
+    found = weights(short().out)
+    assert all(torch.equal(found[name], value) for name, value in weights(short("whole").out).items())
 
 
 def test_a_command_under_nohup_goes_on_without_its_terminal(

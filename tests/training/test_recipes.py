@@ -16,6 +16,7 @@ from mpvg.config import RunConfig
 from mpvg.data import cells, named_sets
 from mpvg.recipes import RECIPES, recipe
 from mpvg.training import train
+from short_runs import write_cifar10
 
 RNG = np.random.default_rng(0)
 
@@ -31,15 +32,6 @@ def write_fashion_mnist(root: Path) -> Path:
         labels = struct.pack(">2I", 0x801, size) + bytes([8, *RNG.integers(0, 10, size - 1, dtype=np.uint8)])  # a bag
         (root / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
         (root / f"{stem}-labels-idx1-ubyte").write_bytes(labels)
-    return root
-
-
-def write_cifar10(root: Path) -> Path:
-    for name, size in [*((f"data_batch_{n}", 4) for n in range(1, 6)), ("test_batch", 5)]:
-        records = RNG.integers(0, 256, (size, 1 + 3072), dtype=np.uint8)
-        records[:, 0] %= 10
-        (root / f"{name}.bin").write_bytes(records.tobytes())
-    (root / "batches.meta.txt").write_text("\n".join(f"class-{n}" for n in range(10)) + "\n")
     return root
 
 
@@ -66,7 +58,7 @@ def write_folder(root: Path) -> Path:
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
     "digits": write_digits,
     "fashion-mnist": write_fashion_mnist,
-    "cifar10": write_cifar10,
+    "cifar10": lambda root: write_cifar10(root, batch=4, test=5),
     "cifar100": write_cifar100,
     "cells": write_digits,
     "cells-garments": write_fashion_mnist,

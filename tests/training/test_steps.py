@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from mpvg import runs, tasks
@@ -21,14 +20,11 @@ from mpvg.seeding import seed_everything
 from mpvg.tasks import Evaluation
 from mpvg.tasks.classification import ClassificationTask
 from mpvg.training import resume, train
+from short_runs import weights
 
 MakeConfig = Callable[..., RunConfig]
 BeforeStep = Callable[[Callable[[int, ImageBatch], Any]], None]
 TrainUntil = Callable[[RunConfig, int], None]
-
-
-def weights(config: RunConfig, name: str = "model", which: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / f"checkpoints/{which}/{name}.safetensors")
 
 
 def test_a_batch_in_parts_makes_the_same_step(tiny: MakeConfig) -> None:
@@ -38,8 +34,8 @@ def test_a_batch_in_parts_makes_the_same_step(tiny: MakeConfig) -> None:
     for parts in (2, 3, 50):
         cut = replace(whole, out=f"{whole.out}-{parts}", accumulate=parts)
         train(cut, quiet=True)
-        for key, value in weights(whole).items():
-            torch.testing.assert_close(weights(cut)[key], value, rtol=0, atol=2e-5)
+        for key, value in weights(whole.out).items():
+            torch.testing.assert_close(weights(cut.out)[key], value, rtol=0, atol=2e-5)
         lines = [runs.load(config.out).metrics() for config in (whole, cut)]
         for one, other in zip(*lines, strict=True):
             assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
@@ -66,7 +62,7 @@ def test_frozen_parameters_stay_and_the_rest_learns(tiny: MakeConfig) -> None:
     train(config, quiet=True)
     run = runs.load(config.out)
     seed_everything(config.seed)
-    start, end = run.task().build_model(init=False).state_dict(), weights(config)
+    start, end = run.task().build_model(init=False).state_dict(), weights(config.out)
     for key, value in start.items():
         frozen = key.startswith("blocks.0.") or key == "pos_embed"
         assert torch.equal(end[key], value) == frozen, key
@@ -169,6 +165,6 @@ def test_a_network_with_frozen_and_with_batch_statistics_trains_and_comes_back(t
         train(config, quiet=True)
         run = runs.load(config.out)
         saved: nn.Module = run.model()
-        assert saved.state_dict().keys() == weights(config).keys()
-    counts = [value for key, value in weights(config).items() if key.endswith("num_batches_tracked")]
+        assert saved.state_dict().keys() == weights(config.out).keys()
+    counts = [value for key, value in weights(config.out).items() if key.endswith("num_batches_tracked")]
     assert {int(count) for count in counts} == {1}

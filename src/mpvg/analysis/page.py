@@ -7,7 +7,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from mpvg.analysis.findings import Findings, RunsByConfig, without_nan
 from mpvg.analysis.sentences import mean_over_seeds, value_at
 from mpvg.analysis.tables import comparison_table, correlation_table, parts_table, replacement_table
 from mpvg.pages import embedded, figure, fill
-from mpvg.runs.environment import commit, hardware
+from mpvg.runs.environment import made_with
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -47,7 +46,7 @@ def render(
 
     missing = {f"{one.name}: {text}" for members in groups.values() for one in members for text in one.trained.missing}
     members = [f"{one.name} on {one.run.config.data}" for several in groups.values() for one in several]
-    made = f"{', '.join(members)}; weights: {weights}. Commit {commit()}, {hardware()}, torch {torch.__version__}"
+    made = f"{', '.join(members)}; weights: {weights}. {made_with()}"
     compared = compare(groups)
     others = {name: path for name, path in pictures.items() if name not in (*_INTERACTIVE, *_PLACED)}
     parts = {

@@ -1,9 +1,8 @@
 """`mpvg analyze timm/<name>`: what can be measured in any vision transformer, also one that delivers no PE."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 
 import torch
@@ -11,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpvg import statistics
+from mpvg.analysis.question import text_list, text_table, write_question
 from mpvg.analysis.sensitivity import KINDS, CachedBatches, Change, replacements
 from mpvg.analysis.trained import Trained
-from mpvg.files import atomic_text, write_json
+from mpvg.files import write_json
 from mpvg.models.tokens import TokenReader, layers_of
-from mpvg.pages import fill, table
-from mpvg.runs.environment import commit, environment, hardware
+from mpvg.runs.environment import environment
 from mpvg.tasks.classification import evaluate
-
-TEMPLATE = Path(__file__).with_name("question.html")
 
 
 @dataclass(frozen=True)
@@ -245,21 +242,14 @@ def write(found: Plain, out: Path) -> Path:
     """Writes report.html and results.json into a folder; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", asdict(found) | {"environment": environment()})
-    tables = table("Tokens", HEAD, _escaped(place_rows(found)))
+    body = text_table("Tokens", HEAD, place_rows(found))
     if found.replaced:
-        tables += table("The added PE, replaced", REPLACED_HEAD, _escaped(replaced_rows(found)))
-    said = "".join(f"<li>{escape(line)}</li>" for line in lines(found))
-    parts = {
-        "title": escape(f"{found.network}: its tokens and its position embedding"),
-        "about": escape(f"{found.images:,} images of {found.data}; weights: {found.weights}."),
-        "lead": "",
-        "body": tables + f"<ul>{said}</ul>",
-        "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
-    }
+        body += text_table("The added PE, replaced", REPLACED_HEAD, replaced_rows(found))
     page = out / "report.html"
-    atomic_text(page, fill(TEMPLATE, parts))
+    write_question(
+        page,
+        title=f"{found.network}: its tokens and its position embedding",
+        about=f"{found.images:,} images of {found.data}; weights: {found.weights}.",
+        body=body + text_list(lines(found)),
+    )
     return page
-
-
-def _escaped(rows: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
-    return [(escape(first), [escape(cell) for cell in others]) for first, *others in rows]

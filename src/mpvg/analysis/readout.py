@@ -1,6 +1,5 @@
 """`mpvg readout`: which read-out of a frozen network a linear classifier does best with, on given data."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -11,16 +10,14 @@ import torch
 from mpvg.analysis.findings import Estimate
 from mpvg.analysis.linear_probe import Score, attend_all, fit_query, probe_fold, split_folds
 from mpvg.analysis.numbers import estimate_text
+from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference
 from mpvg.analysis.readouts import ATTENTION, READOUTS, Features, check_memory, choose, extract
 from mpvg.analysis.trained import Trained
 from mpvg.models.tokens import TokenReader
 from mpvg.runs.environment import environment
-from mpvg.statistics import FoldDifference, Interval, fold_difference, verdict
+from mpvg.statistics import Interval
 
 FOLDS = 10
-MARGIN = 0.01
-"""Difference in accuracy that matters."""
-ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Compared:
 
     first: str
     second: str
-    found: FoldDifference
+    found: PairedDifference
     p_holm: float
     """Corrected for all pairs."""
     word: str
@@ -125,62 +122,21 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
             vectors = features.vectors[name]
         found.append(probe_fold(vectors, features.targets, classes, test))
     accuracy, nll = (
-        fold_difference(values, MARGIN) for values in ([s.accuracy for s in found], [s.nll for s in found])
+        paired_difference(values, folds=True) for values in ([s.accuracy for s in found], [s.nll for s in found])
     )
     share = Interval(max(0.0, accuracy.interval.low), min(1.0, accuracy.interval.high))
-    return Scored(name, Estimate(accuracy.difference, share), Estimate(nll.difference, nll.interval), found)
+    return Scored(name, Estimate(accuracy.difference, share), nll.estimate, found)
 
 
 def compare(scored: Sequence[Scored], images: int) -> list[Compared]:
     """Every pair of read-outs, on the same folds; Holm's correction is over all pairs."""
-    from statsmodels.stats.multitest import multipletests
-
     pairs = list(combinations(scored, 2))
-    if not pairs:
-        return []
-    differences = [
-        fold_difference([a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)], MARGIN)
+    found = [
+        paired_difference([a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)], folds=True)
         for x, y in pairs
     ]
-    corrected = multipletests([one.p for one in differences], method="holm")[1]
-    return [
-        Compared(x.name, y.name, one, float(p), _word(one, float(p), images, len(pairs)))
-        for (x, y), one, p in zip(pairs, differences, corrected, strict=True)
-    ]
-
-
-def _word(found: FoldDifference, p: float, images: int, pairs: int) -> str:
-    # Where no image of n differs, up to a share of 3 / n may differ.
-    needed = max(images_needed(found.error, images, pairs), round(3 / MARGIN) + 1)
-    return verdict(
-        found.difference,
-        differs=p < ALPHA,
-        equivalent=f"equivalent within {100 * MARGIN:g} point"
-        if found.p_equivalent < ALPHA and 3 / images < MARGIN
-        else None,
-        undecided=f"undecided: needs {needed:,} images" if needed > images else f"undecided with {images:,} images",
-    )
-
-
-def images_needed(error: float, images: int, pairs: int) -> int:
-    """Images with a power of 80 % to find a difference of the margin, and to exclude it, in two digits.
-
-    The standard error is taken to fall with the root of the number of images.
-
-    Args:
-        error: standard error of the difference.
-        images: with which it was measured.
-        pairs: number of comparisons for which the level is corrected.
-    """
-    from scipy.stats import norm
-
-    to_differ = norm.isf(ALPHA / pairs / 2) + norm.ppf(0.8)
-    to_exclude = norm.isf(ALPHA) + norm.ppf(0.9)
-    needed = images * (max(to_differ, to_exclude) * error / MARGIN) ** 2
-    if needed < 10:
-        return math.ceil(needed)
-    unit = 10 ** (math.floor(math.log10(needed)) - 1)
-    return math.ceil(needed / unit) * unit
+    judged = zip(pairs, found, judge(found, images), strict=True)
+    return [Compared(x.name, y.name, one, p, word) for (x, y), one, (p, word) in judged]
 
 
 def conclude(scored: Sequence[Scored], compared: Sequence[Compared]) -> str:
@@ -211,7 +167,7 @@ def rows(found: Answer) -> list[list[str]]:
     table = [["read-out", "accuracy, %", "nll", "best minus it, points", "the best is"]]
     for one in found.scored:
         pair = against.get(one.name)
-        difference = "-" if pair is None else percent(Estimate(pair.found.difference, pair.found.interval), signed=True)
+        difference = "-" if pair is None else percent(pair.found.estimate, signed=True)
         nll = estimate_text(one.nll, signed=False)
         table.append([one.name, percent(one.accuracy), nll, difference, "-" if pair is None else pair.word])
     return table

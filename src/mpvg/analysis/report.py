@@ -16,6 +16,7 @@ from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, Scores, 
 from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
 from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
 from mpvg.analysis.sentences import make_sentences, references_of
+from mpvg.analysis.trained import BATCH
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.runs import Run
@@ -25,7 +26,6 @@ from mpvg.runs.memory import evaluation_cure, memory_errors
 from mpvg.tasks.task import EMA
 
 IMAGES = 1000
-BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,15 @@ from torch import Tensor, nn
 from mpvg import statistics
 from mpvg.analysis.findings import Estimate
 from mpvg.analysis.numbers import estimate_text
+from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference
+from mpvg.analysis.question import text_list, text_table, write_question
 from mpvg.data import ImageBatch
-from mpvg.files import atomic_text
 from mpvg.models.network import delivered_network
 from mpvg.models.registry import check_divisible
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
-from mpvg.pages import fill, table
-from mpvg.runs.environment import commit, environment, hardware
-from mpvg.statistics import verdict
+from mpvg.runs.environment import environment
 
-TEMPLATE = Path(__file__).with_name("question.html")
 MAX_SIDE = 4096
-MARGIN = 0.01
-"""Difference in accuracy that matters."""
-ALPHA = 0.05
 RESAMPLERS = {
     "bicubic": "bicubic",
     "antialias": "bicubic, antialiased, as timm does",
@@ -167,7 +161,7 @@ def measure(
     """
     if not batches:
         raise ValueError("no image could be read; give data with readable images")
-    rows: list[AtSize] = []
+    rows: list[tuple[AtSize, PairedDifference | None]] = []
     refused: dict[str, str] = {}
     own = to_2tuple(delivered_network(model).img_size)
     for size in dict.fromkeys(sizes):
@@ -182,8 +176,8 @@ def measure(
     if not rows:
         raise ValueError("; ".join(f"size {name}: {reason}" for name, reason in refused.items()))
     images = sum(len(targets) for _, targets in batches)
-    rows = _with_words(rows, images)
-    return Resolutions(network, weights, data, images, rows, refused, conclude(rows))
+    judged = _with_words(rows, images)
+    return Resolutions(network, weights, data, images, judged, refused, conclude(judged))
 
 
 def scores(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> tuple[Tensor, Tensor]:
@@ -207,54 +201,29 @@ def _pass(model: nn.Module, batches: Sequence[ImageBatch], size: Size) -> Iterat
         yield (logits.argmax(dim=1) == targets).double(), F.cross_entropy(logits, targets, reduction="none")
 
 
-def _rows(size: str, values: dict[str, tuple[Tensor, Tensor]]) -> list[AtSize]:
+def _rows(size: str, values: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[AtSize, PairedDifference | None]]:
+    """A row for each way, with its difference to "antialias"."""
     found = []
     base = values["antialias"][0]
     for name, (correct, nll) in values.items():
         share = float(correct.mean())
         accuracy = Estimate(share, statistics.proportion_interval(share, len(correct)))
         mean = Estimate(*statistics.mean_and_interval(nll.tolist()))
-        pair = None if name == "antialias" else Estimate(*statistics.mean_and_interval((correct - base).tolist()))
-        found.append(AtSize(size, name, accuracy, mean, pair, None if pair is None else _p(correct - base)))
+        pair = None if name == "antialias" else paired_difference((correct - base).tolist())
+        found.append((AtSize(size, name, accuracy, mean, None if pair is None else pair.estimate), pair))
     return found
 
 
-def _p(differences: Tensor) -> float:
-    """p of no difference, from one difference for each image."""
-    from scipy.stats import ttest_1samp
-
-    if bool((differences == differences[0]).all()):
-        return float(differences[0] == 0)
-    return float(ttest_1samp(differences.numpy(), 0.0).pvalue)
-
-
-def _with_words(rows: Sequence[AtSize], images: int) -> list[AtSize]:
+def _with_words(rows: Sequence[tuple[AtSize, PairedDifference | None]], images: int) -> list[AtSize]:
     """The rows with corrected p and their words."""
-    from statsmodels.stats.multitest import multipletests
-
-    given = [row.p for row in rows if row.p is not None]
-    corrected = iter(multipletests(given, method="holm")[1] if given else ())
+    judged = iter(judge([pair for _, pair in rows if pair is not None], images))
     found = []
-    for row in rows:
-        if row.against is not None:
-            p = float(next(corrected))
-            row = replace(row, p=p, word=_word(row.against, p, images))
+    for row, pair in rows:
+        if pair is not None:
+            p, word = next(judged)
+            row = replace(row, p=p, word=word)
         found.append(row)
     return found
-
-
-def _word(pair: Estimate, p: float, images: int) -> str:
-    """The word for a paired difference; equivalent if its 95 % interval lies within the margin."""
-    ends = pair.interval or (-1.0, 1.0)
-    # Where no image of n differs, up to a share of 3 / n may differ.
-    within = max(*map(abs, ends), 3 / images) < MARGIN
-    needed = max(round(images * ((ends[1] - ends[0]) / 2 / MARGIN) ** 2 * 2), round(3 / MARGIN) + 1)
-    return verdict(
-        pair.value,
-        differs=p < ALPHA,
-        equivalent=f"equivalent within {100 * MARGIN:g} point" if within else None,
-        undecided=f"undecided: needs {max(needed, images + 1):,} images",
-    )
 
 
 def conclude(rows: Sequence[AtSize]) -> str:
@@ -286,19 +255,19 @@ HEAD = ("size", "PE resampled by", "accuracy, %", "nll", "minus antialias, point
 
 def write_page(found: Resolutions, path: Path) -> None:
     """Writes the page that has everything in it."""
-    rows = [(escape(first), [escape(cell) for cell in others]) for first, *others in map(cells, found.rows)]
-    refused = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in found.refused.items())
-    ways = "".join(f"<li>{name}: {escape(text)}</li>" for name, text in RESAMPLERS.items())
-    parts = {
-        "title": escape(f"{found.network} at other image sizes"),
-        "lead": f"<p>{escape(found.sentence)}</p>",
-        "about": escape(f"{found.images:,} images of {found.data}; weights: {found.weights}; 95 % intervals."),
-        "body": table("Accuracy and NLL", HEAD, rows)
-        + f"<h2>How the position embedding is resampled</h2><ul>{ways}</ul>"
-        + (f"<h2>Sizes that the network cannot take</h2><ul>{refused}</ul>" if refused else ""),
-        "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
-    }
-    atomic_text(path, fill(TEMPLATE, parts))
+    body = text_table("Accuracy and NLL", HEAD, [cells(row) for row in found.rows])
+    body += "<h2>How the position embedding is resampled</h2>"
+    body += text_list([f"{name}: {text}" for name, text in RESAMPLERS.items()])
+    if found.refused:
+        body += "<h2>Sizes that the network cannot take</h2>"
+        body += text_list([f"{name}: {reason}" for name, reason in found.refused.items()])
+    write_question(
+        path,
+        title=f"{found.network} at other image sizes",
+        answer=found.sentence,
+        about=f"{found.images:,} images of {found.data}; weights: {found.weights}; 95 % intervals.",
+        body=body,
+    )
 
 
 def _named(size: Size) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, complain, print_table, say
+from mpvg.cli.arguments import Parser, add_data, add_ema, complain, positive, print_table, say, whole
 from mpvg.cli.own import add_model, use_models_of_runs
 from mpvg.cli.trained import data_config, which
 
@@ -18,16 +18,18 @@ def analyze(arguments: list[str]) -> int:
         metavar="RUN",
         help="run folders, those that differ only in the seed are repetitions; or one timm/NAME, with --data",
     )
-    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
-    parser.add_argument("--images", type=int, default=1000, help="validation images, spread evenly (default: 1000)")
+    add_data(parser)
+    parser.add_argument(
+        "--images", type=positive, default=1000, help="validation images, spread evenly (default: 1000)"
+    )
     parser.add_argument(
         "--checkpoint", default="last", metavar="WHICH", help="last (default), best; or timm/NAME's file"
     )
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
+    add_ema(parser)
     parser.add_argument("--random", action="store_true", help="timm/NAME: random weights, which are refused otherwise")
     parser.add_argument(
         "--beyond",
-        type=int,
+        type=whole,
         default=0,
         metavar="IMAGES",
         help="also change PE, position and size on this many images: some hundred passes (default: 0)",
@@ -69,8 +71,6 @@ def _analyze_timm(given: argparse.Namespace) -> int:
         raise ValueError("give one timm/NAME, and --data; runs are analyzed by a command of their own")
     if given.beyond or given.ema:
         raise ValueError("--beyond and --ema are for runs; leave them out")
-    if given.images < 1:
-        raise ValueError(f"images is {given.images}; allowed: a whole number >= 1")
     checkpoint = None if given.checkpoint == "last" else given.checkpoint
     with memory_errors(evaluation_cure("fewer --images")):
         base = data_config(given.data, 0)

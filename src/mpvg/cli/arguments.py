@@ -69,7 +69,17 @@ def add_weights(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds the arguments that choose a run's weights."""
     help = f"the last weights, or those of the best epoch on the run's validation set (default: {default})"
     parser.add_argument("--checkpoint", choices=("last", "best"), default=default, help=help)
+    add_ema(parser)
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that chooses averaged weights."""
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that names other data than a run's."""
+    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
 
 
 def parse_method(text: str) -> Any:

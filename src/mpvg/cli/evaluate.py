@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import positive, run_parser, say
+from mpvg.cli.arguments import add_data, positive, run_parser, say
 from mpvg.cli.own import add_model, use_models, use_models_of_runs
 from mpvg.validation import printable
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(arguments: list[str]) -> int:
     """Prints the metrics of a checkpoint."""
     parser = run_parser("evaluate", "Scores a run's checkpoint on every validation image once.", "last")
-    parser.add_argument("--data", help="another folder or data set with the same classes")
+    add_data(parser)
     parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
     parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
     parser.add_argument("--method", default="default", help="with --recipe: the method of the file (default: default)")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, add_weights, positive, print_table, say
+from mpvg.cli.arguments import Parser, add_data, add_weights, positive, print_table, say
 from mpvg.cli.own import add_model, use_models_of_runs
 
 
@@ -49,7 +49,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="mpvg resolutions", description=text)
     parser.add_argument("run", metavar="RUN", help="folder that `mpvg train` made")
     parser.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help="224, or 320x224: height x width")
-    parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
+    add_data(parser)
     parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
     add_weights(parser, "last")
     parser.add_argument("--json", metavar="FILE", help="also writes every number")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import Parser, print_table, say
+from mpvg.cli.arguments import Parser, positive, print_table, say
 from mpvg.cli.own import add_model, use_models
 from mpvg.config.names import is_reference, same_network
 
@@ -38,10 +38,10 @@ def study(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", help="folder of the study (default: studies/<study>-<scale>)")
     parser.add_argument("--scale", help="tiny: digits, minutes; small: hours; paper: GPUs (default: the first it has)")
-    parser.add_argument("--seeds", type=int, help="repetitions of each arm (default: the study's)")
+    parser.add_argument("--seeds", type=positive, help="repetitions of each arm (default: the study's)")
     parser.add_argument("--data", help="data in place of every setting's own")
     parser.add_argument(
-        "--workers", type=int, help="processes, or jobs with --slurm (default: one for each core or GPU)"
+        "--workers", type=positive, help="processes, or jobs with --slurm (default: one for each core or GPU)"
     )
     parser.add_argument(
         "--slurm", metavar="OPTIONS", help="submit an array of workers: partition=gpu,time=120,...; or local"
@@ -64,9 +64,6 @@ def study(arguments: list[str]) -> int:
         sys.stdout.write(yaml.safe_dump(plan.to_dict(chosen), sort_keys=False, allow_unicode=True, width=120))
         return 0
     scale = given.scale or next(iter(chosen.scales))
-    for name in ("seeds", "workers"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise ValueError(f"--{name} is {getattr(given, name)}; allowed: a whole number >= 1")
     from mpvg.study import folder as folders
 
     out = Path(given.out or f"studies/{chosen.name}-{scale}")

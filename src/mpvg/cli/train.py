@@ -10,7 +10,7 @@ from typing import Any
 from mpvg.cli.arguments import say
 from mpvg.cli.flags import FREE, Flags, make_parser, parse_flags
 from mpvg.cli.own import use_models, use_typed
-from mpvg.config import FORMAT, RunConfig, flatten
+from mpvg.config import FORMAT, RunConfig, flatten, nested
 from mpvg.config.names import is_reference, network_label, same_network
 from mpvg.files import read_given
 from mpvg.recipes import RECIPES, recipe, scale_schedule
@@ -115,11 +115,7 @@ def _with_file(base: RunConfig, file: Mapping[str, Any], flags: Flags) -> RunCon
 
 
 def _with_flags(values: Mapping[str, Any], flags: Flags) -> RunConfig:
-    given: dict[str, Any] = {}
-    for name, value in flags.values.items():
-        part, _, inner = name.rpartition(".")
-        (given.setdefault(part, {}) if part else given)[inner] = value
-    return RunConfig.from_dict(_merged(values, given))
+    return RunConfig.from_dict(_merged(values, nested(flags.values)))
 
 
 def _read_config_file(file: str) -> dict[str, Any]:

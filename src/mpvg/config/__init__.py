@@ -9,6 +9,7 @@ from mpvg.config.run import (
     digest_defaults,
     digest_format,
     flatten,
+    nested,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "digest_defaults",
     "digest_format",
     "flatten",
+    "nested",
 ]

@@ -166,7 +166,7 @@ class RunConfig:
         flat = flatten(self.to_dict())
         counted = {name: value for name, value in flat.items() if name.split(".")[0] not in UNCOUNTED}
         if format == 1:
-            return _hash(_nested({name: value for name, value in counted.items() if name not in ADDED_FIELDS}))
+            return _hash(nested({name: value for name, value in counted.items() if name not in ADDED_FIELDS}))
         defaults = digest_defaults()
         return f"{format}-" + _hash({k: v for k, v in counted.items() if k not in defaults or v != defaults[k]})
 
@@ -202,7 +202,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Undoes `flatten`."""
     values: dict[str, Any] = {}
     for name, value in flat.items():

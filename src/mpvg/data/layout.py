@@ -38,9 +38,7 @@ def _list(root: Path, split: Split) -> Found:
         return list_folder(root, split)
     if archives(root, other):
         raise FileNotFoundError(f"no tar file of {split} in {root}; give {split}.tar, {split}-*.tar or {split}/*.tar")
-    raise FileNotFoundError(
-        f"folder {str(folder)!r} is missing; data need train/ and val/, each with one folder per class"
-    )
+    return list_folder(folder, split)  # which says that it is missing
 
 
 def _is_there(root: Path, split: Split) -> bool:

@@ -14,13 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpvg.data.types import Batches, NamedSamples
 from mpvg.files import atomic_text, atomic_write, csv_text, whole_folder, write_json
 from mpvg.pages import embedded, figure, fill, table
-from mpvg.runs.environment import commit, environment, hardware
+from mpvg.runs.environment import environment, made_with
 from mpvg.tasks import Review, Reviewing, Task
 from mpvg.tasks.review import Cell, Chart, Example, Table
 
@@ -136,7 +135,7 @@ def _write(
             ]
         ),
         "files": escape(", ".join(files)),
-        "made": escape(f"Commit {commit()}, {hardware()}, torch {torch.__version__}"),
+        "made": escape(made_with()),
     }
     atomic_text(folder / PAGE, fill(TEMPLATE, parts))
 

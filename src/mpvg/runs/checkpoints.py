@@ -23,6 +23,7 @@ from torch import Tensor
 from mpvg.files import memory_bytes, read_regular, remove, write_new
 from mpvg.models.checkpoints import read_tensors
 from mpvg.runs.pointers import pointed_folder, read_pointer, step_name, step_names, step_number, write_pointer
+from mpvg.runs.reading import MAX_JSON_BYTES, RESTORE
 from mpvg.validation import parse_json, printable, shown
 
 Which = Literal["last", "best"]
@@ -32,8 +33,6 @@ KEEP_LAST = 2
 """Number of newest checkpoints that are kept, besides the best one: the newest, and one to fall back to."""
 CHECKSUMS = "checksums.json"
 STATE = "state.json"
-MAX_JSON_BYTES = 2**24
-"""Size of a checkpoint's JSON files; state.json has a few kB."""
 _NAME = re.compile(r"state\.json|[a-z_]+\.safetensors", re.ASCII)
 _DAMAGE = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG)
 """Errors of reading that mean damage; others, such as a missing permission, do not."""
@@ -293,7 +292,7 @@ def _ways_on(folder: Path) -> list[str]:
     path, root = folder.parents[1], folder.parent
     names = {which: read_pointer(root, which) for which in get_args(Which)}
     own = names.get(folder.name) or folder.name
-    ways = ["restore it from a copy of the run"]
+    ways = [RESTORE]
     other = "last" if own == names["best"] != names["last"] else "best"
     if names[other] not in (None, own) and (root / str(names[other])).is_dir():
         ways.append(f"give --checkpoint {other}")

@@ -40,6 +40,13 @@ def commit() -> str | None:
     return None
 
 
+def made_with() -> str:
+    """Commit (or, of an installed package, its version), hardware and torch in one line, for the end of a page."""
+    found = commit()
+    source = f"mpvg {metadata.version('mpvg')}" if found is None else f"Commit {found}"
+    return f"{source}, {hardware()}, torch {torch.__version__}"
+
+
 def hardware() -> str:
     """One line: processor, cores, memory, GPUs."""
     cpu = platform.processor() or platform.machine()

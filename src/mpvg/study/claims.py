@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from mpvg.files import atomic_text
-from mpvg.study.contrasts import ALPHA, Result, seeds_needed
+from mpvg.statistics import ALPHA
+from mpvg.study.contrasts import Result, seeds_needed
 from mpvg.study.folder import STUDY, open_folder
 from mpvg.study.paper import printed_tables
 from mpvg.study.results import SettingResult, StudyResults, collect

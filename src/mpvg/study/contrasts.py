@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mpvg.statistics import CONFIDENCE_LEVEL, Interval, verdict
+from mpvg.statistics import ALPHA, CONFIDENCE_LEVEL, Interval, holm, verdict
 from mpvg.study.plan import Contrast, Study
 
-ALPHA = 0.05
-"""Level of the tests."""
 CONTROL_ALPHA = 0.01
 """Level at which a control fails: many controls are looked at, and one in twenty would fail at 5 % by chance."""
 POWER = 0.8
@@ -96,13 +94,11 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
     Raises:
         ValueError: an arm has fewer than two values.
     """
-    from statsmodels.stats.multitest import multipletests
-
     chosen = [contrast for contrast in study.contrasts if contrast.weights.keys() <= samples.keys()]
     tested = [(contrast, _two_sided(contrast.weights, samples)) for contrast in chosen]
     controls = {contrast.name for contrast in chosen if is_control(study, contrast)}
     family = [p for contrast, p in tested if contrast.name not in controls]
-    corrected = iter(multipletests(family, method="holm")[1] if len(family) > 1 else family)
+    corrected = iter(holm(family))
     pairs = sum(_is_pair(contrast.weights) for contrast in chosen if contrast.name not in controls)
     margin = study.margins[metric]
     results = []
@@ -124,7 +120,7 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
                 difference=_difference(weights, samples),
                 interval=_interval(weights, samples),
                 p=p,
-                p_holm=p if control else float(next(corrected)),
+                p_holm=p if control else next(corrected),
                 margin=margin,
                 p_equivalent=_equivalence_p(weights, samples, margin),
                 needed=needed,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpvg.config import RunConfig, digest_defaults, flatten
+from mpvg.config import RunConfig, digest_defaults, flatten, nested
 from mpvg.files import cannot_write, read_regular
 from mpvg.validation import build, check_choices, parse_json, shorten
 
@@ -81,11 +81,7 @@ class Row:
         Raises:
             ValueError: the row's digest is not that of its config.
         """
-        values: dict[str, Any] = {}
-        for name, value in self.config.items():
-            part, _, inner = name.rpartition(".")
-            (values.setdefault(part, {}) if part else values)[inner] = value
-        config = RunConfig.from_dict({**_plain_defaults(), **values})
+        config = RunConfig.from_dict(_plain_defaults() | nested(self.config))
         if config.digest() != self.digest:
             raise ValueError(f"its config has the digest {config.digest()}, and the row says {self.digest}")
         return config

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mpvg.config import RunConfig, flatten
+from mpvg.config import RunConfig, flatten, nested
 from mpvg.delivery import as_spec
 from mpvg.files import read_regular
 from mpvg.recipes import recipe, scale_schedule
@@ -274,11 +274,7 @@ def _with_fields(config: RunConfig, fields: Mapping[str, Any]) -> RunConfig:
     epochs = fields.get("epochs", config.epochs)
     if type(epochs) is int:
         flat = flatten(scale_schedule(config, epochs).to_dict())
-    values: dict[str, Any] = {}
-    for name, value in (flat | dict(fields)).items():
-        part, _, inner = name.rpartition(".")
-        (values.setdefault(part, {}) if part else values)[inner] = value
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(nested(flat | dict(fields)))
 
 
 def make_cells(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from mpvg import runs, training
 from mpvg.config import RunConfig
 from mpvg.files import read_regular
 from mpvg.models.own import Networks, networks, use_networks
-from mpvg.runs.checkpoints import CHECKSUMS, MAX_JSON_BYTES, checkpoint_folder
+from mpvg.runs.checkpoints import CHECKSUMS, checkpoint_folder
 from mpvg.runs.environment import commit, hardware
 from mpvg.runs.lock import RunLockedError
+from mpvg.runs.reading import MAX_JSON_BYTES
 from mpvg.study.folder import StudyFolder, open_folder
 from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
 from mpvg.study.measures import measure
@@ -180,7 +181,7 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
-def _fresh_processes() -> BaseContext:
+def _fresh_processes() -> SpawnContext | ForkServerContext:
     """Processes that hold nothing of this one, since CUDA does not survive a fork.
 
     On Linux they are forked from one that has done nothing but the imports; elsewhere each imports everything again, as

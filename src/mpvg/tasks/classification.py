@@ -16,7 +16,7 @@ from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
 from mpvg.models import TIMM, create_model
 from mpvg.tasks.classification_review import ClassificationRecord
 from mpvg.tasks.review import Review
-from mpvg.tasks.task import Evaluation, Metric, Prediction, sum_device
+from mpvg.tasks.task import NO_IMAGE, Evaluation, Metric, Prediction, sum_device
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def evaluate(
         sums = accelerator.reduce(sums, reduction="sum")
     count = int(sums[3])
     if count == 0:
-        raise ValueError("no image could be evaluated; give a validation set with readable images")
+        raise ValueError(NO_IMAGE)
     accuracy, top5, nll = (sums[:3] / count).tolist()
     return Evaluation({"accuracy": accuracy, "top5": top5, "nll": nll}, count)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpvg.data.annotations import ImageAnnotations
+from mpvg.tasks.task import NO_IMAGE
 
 KINDS = {"box": "bbox", "mask": "segm"}
 """What is compared -> its name in COCO."""
@@ -62,7 +63,7 @@ def dataset(truths: Sequence[Mapping[str, Any]], category_ids: Sequence[int]) ->
 def check_objects(truths: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where there is no image of `truth_record`, or no object in them, so that there is no AP."""
     if not truths:
-        raise ValueError("no image could be evaluated; give a validation set with readable images")
+        raise ValueError(NO_IMAGE)
     if all(one["iscrowd"] for truth in truths for one in truth["annotations"]):
         raise ValueError("no object is annotated in the validation images; give a validation set with objects")
 

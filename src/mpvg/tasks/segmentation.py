@@ -25,7 +25,7 @@ from mpvg.overlays import colored_png, draw_labels
 from mpvg.tasks.backbone import check_dense_network, dense_backbone
 from mpvg.tasks.review import Review
 from mpvg.tasks.segmentation_review import SegmentationRecord, by_class
-from mpvg.tasks.task import Evaluation, Metric, Prediction
+from mpvg.tasks.task import NO_IMAGE, Evaluation, Metric, Prediction
 from mpvg.validation import build, check
 
 AUXILIARY_WEIGHT = 0.4
@@ -190,7 +190,7 @@ class SegmentationTask:
         if accelerator is not None and accelerator.num_processes > 1:
             table, images = (accelerator.reduce(part, reduction="sum") for part in (table, images))
         if not int(images):
-            raise ValueError("no image could be evaluated; give a validation set with readable images")
+            raise ValueError(NO_IMAGE)
         return Evaluation(scores(table.cpu()), int(images))
 
     @torch.inference_mode()

@@ -13,7 +13,7 @@ from mpvg.data import DataInfo
 from mpvg.overlays import draw_labels
 from mpvg.tasks.classification_review import to_picture
 from mpvg.tasks.review import EXAMPLES, Example, Review, Table, defined, side_by_side
-from mpvg.tasks.task import Evaluation
+from mpvg.tasks.task import NO_IMAGE, Evaluation
 
 
 def by_class(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class SegmentationRecord:
             ValueError: no image can be read, or no pixel of them is of a class.
         """
         if not self._images:
-            raise ValueError("no image could be evaluated; give a validation set with readable images")
+            raise ValueError(NO_IMAGE)
         worst = sorted(self._worst, key=lambda one: (-one[0], -one[1]))
         return Review(
             evaluation=Evaluation(scores(self._table), len(self._images)),

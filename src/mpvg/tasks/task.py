@@ -41,6 +41,9 @@ class Metric:
         return f"{100 * value:.2f} %" if self.percent else f"{value:.4f}"
 
 
+NO_IMAGE = "no image could be evaluated; give a validation set with readable images"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model scores on a validation set."""

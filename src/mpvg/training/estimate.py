@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,41 +117,56 @@ def kept_for_backward(trainer: "Trainer", batch: Any) -> int:
     They are counted on tensors that have shapes but no values or, where the shapes depend on the values, in a step that
     leaves the network as it is.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def step(model: nn.Module, batch: Any) -> None:
+        with trainer.accelerator.autocast():
+            trainer.task.losses(model, batch)
+
     try:
-        with mode:
-            return _count_kept(trainer, batch, mode.from_tensor)
+        return kept_bytes(trainer.state.network, step, batch)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        return _count_kept(trainer, batch, lambda tensor: tensor if tensor.requires_grad else tensor.clone())
+        return kept_bytes(trainer.state.network, step, batch, fake=False)
 
 
-def _count_kept(trainer: "Trainer", batch: Any, there: Callable[[Tensor], Tensor]) -> int:
-    """As `kept_for_backward`, on what `there` makes of weights, buffers and batch."""
-    network = trainer.state.network
-    values = {name: there(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
-    batch = tree_map_only(Tensor, there, batch)
-    own = {tensor.untyped_storage()._cdata for tensor in (*values.values(), *tensors_of(batch))}
-    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that none makes room for another
+def kept_bytes(network: nn.Module, step: Callable[[nn.Module, Any], object], batch: Any, *, fake: bool = True) -> int:
+    """Bytes of the storages that autograd keeps in a forward pass, beside weights, buffers and batch.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
+    Args:
+        network: which stays as it is.
+        step: takes a network and a batch to a loss.
+        batch: tensors, in any structure.
+        fake: whether the pass is on tensors without values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    class Replaced(nn.Module):
-        """The network with these values."""
+    def there(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor) if fake else tensor if tensor.requires_grad else tensor.clone()
 
-        def forward(self, *arguments: Any) -> Any:
-            return functional_call(network, values, arguments)
+    with mode if fake else nullcontext():
+        values = {name: there(value) for name, value in (*network.named_parameters(), *network.named_buffers())}
+        batch = tree_map_only(Tensor, there, batch)
+        own = {tensor.untyped_storage()._cdata for tensor in (*values.values(), *tensors_of(batch))}
+        kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that none makes room for another
 
-    was_training = network.training
-    network.train()
-    try:
-        with saved_tensors_hooks(note, lambda tensor: tensor), trainer.accelerator.autocast():
-            trainer.task.losses(Replaced(), batch)
-    finally:
-        network.train(was_training)
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        class Replaced(nn.Module):
+            """The network with these values."""
+
+            def forward(self, *arguments: Any) -> Any:
+                return functional_call(network, values, arguments)
+
+        was_training = network.training
+        network.train()
+        try:
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                step(Replaced(), batch)
+        finally:
+            network.train(was_training)
     return sum(storage.nbytes() for storage in kept.values())
 
 
