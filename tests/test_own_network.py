@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import submitit
-import torch
 import yaml
 from PIL import Image
 
@@ -530,7 +529,7 @@ def test_a_network_whose_forward_pass_fails_is_named_by_every_verb(
     monkeypatch.setattr(small_vit, "forward_features", code["forward_features"])
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     out = ["--out", tmp_path / "out"]
-    verbs = [["evaluate", run], ["predict", run, tmp_path / "black.png"], ["readout", run]]
+    verbs = [["explore", run], ["evaluate", run], ["predict", run, tmp_path / "black.png"], ["readout", run]]
     verbs += [["resolutions", run, "--sizes", "16"], ["analyze", run, "--images", "8", *out]]
     verbs += [["export", run, "--format", "torch-export", *out], [*TRAIN, *out], [*TRAIN, *out]]
     for verb in verbs:
