@@ -337,12 +337,11 @@ def test_the_tables_of_trained_networks_are_those_of_the_records() -> None:
         readout.Scored(one["name"], Estimate(**one["accuracy"]), Estimate(**one["nll"]), one["folds"])
         for one in found["scored"]
     ]
-    compared = [
-        readout.Compared(
-            **one | {"found": FoldDifference(*one["found"][:1], Interval(*one["found"][1]), *one["found"][2:])}
-        )
-        for one in found["compared"]
-    ]
+    compared = []
+    for one in found["compared"]:
+        difference, interval, *rest = one["found"]
+        pair = FoldDifference(difference, Interval(*interval), rest[0], rest[1], rest[2])
+        compared.append(readout.Compared(**one | {"found": pair}))
     answer = readout.Answer(found["images"], scored, compared, found["left_out"], found["sentence"])
     table = readout.rows(answer)
     rows = [resolutions.AtSize(**one | estimates(one)) for one in record("trained-resolutions")["rows"]]

@@ -1,5 +1,6 @@
 """`mpvg readout`, `mpvg resolutions` and `mpvg analyze timm/<name>`: questions about a trained network."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -131,11 +132,10 @@ def test_more_channels_than_images_give_the_same_probe() -> None:
 
 
 def test_attention_probe_of_few_images_takes_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    original = linear_probe.attend
-    monkeypatch.setattr(linear_probe, "attend", lambda *given: steps.append(1) or original(*given))
+    steps, original = itertools.count(), linear_probe.attend
+    monkeypatch.setattr(linear_probe, "attend", lambda *given: (next(steps), original(*given))[1])
     linear_probe.fit_query(torch.randn(2, 3, 4).half(), torch.tensor([0, 1]), 2, torch.arange(2), 0)
-    assert len(steps) == 300
+    assert next(steps) == 300
 
 
 def test_folds_deal_out_each_class_and_refuse_too_few() -> None:
