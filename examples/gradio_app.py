@@ -39,4 +39,6 @@ def build(source: str) -> gr.Blocks:
 LOCAL = {"server_name": "127.0.0.1", "share": False, "mcp_server": False, "max_file_size": "64mb", "run_history": False}
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python gradio_app.py RUN")
     build(sys.argv[1]).launch(theme=gr.themes.Base(font="sans-serif", font_mono="monospace"), **LOCAL)

@@ -48,7 +48,7 @@ class SmallViT(DeliveryMixin):
         """Images (B, C, H, W) to the tokens after the Last LN, (B, N, D)."""
         x = self.embed(images).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.spec.input_pe:
             x = x + self.pos_embed
         delivered = self.deliver(self.pos_embed)  # once per forward pass: it does not depend on the images

@@ -490,6 +490,49 @@ def test_a_study_in_which_no_arm_can_run_is_refused(tmp_path: Path, refused: Cal
     assert not (tmp_path / "out").exists()
 
 
+FAULTS = {
+    "raises": "self.absent",
+    "refuses": "raise ValueError('not today')",
+    "leaves": "raise SystemExit(3)",
+    "tokens": "return self.whole(images)[:, 0]",
+    "logits": "return self.whole(images)[..., None]",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_network_whose_forward_pass_fails_is_named_by_every_verb(
+    run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """And nothing is left behind that would be in the way of the same command."""
+    small_vit: Any = sys.modules[importing.import_factory(MODEL).__module__].SmallViT
+    code: dict[str, Any] = {}
+    exec(f"def forward_features(self, images):\n    {FAULTS[fault]}", code)
+    monkeypatch.setattr(small_vit, "whole", small_vit.forward_features, raising=False)
+    monkeypatch.setattr(small_vit, "forward_features", code["forward_features"])
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    out = ["--out", tmp_path / "out"]
+    verbs = [["explore", run], ["evaluate", run], ["predict", run, tmp_path / "black.png"], ["readout", run]]
+    verbs += [["resolutions", run, "--sizes", "16"], ["analyze", run, "--images", "8", *out]]
+    verbs += [["export", run, "--format", "torch-export", *out], [*TRAIN, *out], [*TRAIN, *out]]
+    for verb in verbs:
+        said = refused(*verb, "--model", MODEL)
+        assert f"{MODEL} raises " in said or f"{MODEL}: " in said, said
+        assert f"`mpvg check-network {MODEL}`" in said, said
+    assert not (tmp_path / "out/config.yaml").exists()
+    monkeypatch.setenv("MPVG_TRACEBACK", "1")
+    with pytest.raises((Exception, SystemExit)):
+        main(["evaluate", str(run), "--model", MODEL])
+
+
+def test_logits_of_other_classes_than_the_datas_are_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small_vit: Any = sys.modules[importing.import_factory(MODEL).__module__].SmallViT
+    monkeypatch.setattr(small_vit, "forward", lambda self, images: self.forward_features(images)[:, 0])
+    said = refused(*TRAIN, "--model", MODEL, "--out", tmp_path / "out")
+    assert ": 512 images give (512, 48); allowed: logits (512, 10); see `mpvg check-network" in said
+
+
 def test_a_network_that_no_probe_sees_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
     """Its layers normalize without their LN modules."""
     text = EXAMPLE.read_text().replace("self.norm1(x)", "nn.functional.layer_norm(x, x.shape[-1:], self.norm1.weight)")

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,7 +19,11 @@ import timm
 import torch
 
 import mpvg
+from mpvg.analysis import readout, resolutions
+from mpvg.analysis.findings import Estimate
+from mpvg.analysis.paired import PairedDifference
 from mpvg.cli.main import main
+from mpvg.statistics import Interval
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,22 +58,40 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def hub_folder(run: Path) -> Path:
+    """What `mpvg export` writes for timm and transformers."""
+    out = run.parent / "exported"
+    assert main(["export", str(run), "--format", "hub-folder", "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_python_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """With the checkpoint or the run that they name, and without timm's download."""
+    """With the checkpoint, run or hub folder that they name, and without timm's download."""
     monkeypatch.chdir(tmp_path)
     if '"RUN"' in EXAMPLES[name]:
         shutil.copytree(request.getfixturevalue("run"), "RUN")
+    if 'DIR"' in EXAMPLES[name]:
+        shutil.copytree(request.getfixturevalue("hub_folder"), "DIR")
     if "deit_tiny.pth" in EXAMPLES[name]:
         torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), "deit_tiny.pth")
-    exec(compile(EXAMPLES[name].replace("pretrained=True", "pretrained=False"), name, "exec"), {})
+    code = (
+        EXAMPLES[name]
+        if "local-dir:" in EXAMPLES[name]
+        else EXAMPLES[name].replace("pretrained=True", "pretrained=False")
+    )
+    exec(compile(code, name, "exec"), {})
 
 
 def test_every_page_with_examples_is_run() -> None:
+    """Python under another name of the language would not be run."""
     pages = {name.rpartition("-")[0] for name in EXAMPLES}
-    assert {"README.md", "docs/own.md", "docs/finetuning.md", "docs/analysis.md"} <= pages
+    assert {"README.md", "docs/own.md", "docs/finetuning.md", "docs/analysis.md", "docs/inference.md"} <= pages
+    languages = {name for file in PAGES for name in re.findall(r"^```(\w+)$", (ROOT / file).read_text(), re.MULTILINE)}
+    assert languages <= {"python", "bash", "text", "yaml", "bibtex"}
 
 
 def test_every_public_function_has_an_example() -> None:
@@ -306,6 +329,35 @@ def student(values: list[float], digits: int) -> str:
     half = 4.302652729911275 * stdev(values) / len(values) ** 0.5
     low, middle, high = (f"{mean(values) + shift:+.{digits}f}" for shift in (-half, 0, half))
     return f"{middle} ({low} to {high})"
+
+
+def test_the_tables_of_trained_networks_are_those_of_the_records() -> None:
+    """As the commands print them, from the numbers that they wrote."""
+    text, found = page("docs/trained.md"), record("trained-readout")
+    scored = [
+        readout.Scored(one["name"], Estimate(**one["accuracy"]), Estimate(**one["nll"]), one["folds"])
+        for one in found["scored"]
+    ]
+    compared = []
+    for one in found["compared"]:
+        difference, interval, *rest = one["found"]
+        pair = PairedDifference(difference, Interval(*interval), rest[0], rest[1], rest[2])
+        compared.append(readout.Compared(**one | {"found": pair}))
+    answer = readout.Answer(found["images"], scored, compared, found["left_out"], found["sentence"])
+    table = readout.rows(answer)
+    rows = [resolutions.AtSize(**one | estimates(one)) for one in record("trained-resolutions")["rows"]]
+    assert len(table) == 7
+    assert len(rows) == 7
+    for lines in table, [resolutions.HEAD, *map(resolutions.cells, rows)]:
+        assert " ".join(" ".join(map(" ".join, lines)).split()) in text
+    for sentence in readout.conclude(scored, compared), resolutions.conclude(rows):
+        assert sentence in text
+    assert all(f"not measured: {name}: {reason}" in text for name, reason in found["left_out"].items())
+
+
+def estimates(row: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    """The numbers of a row that have an interval."""
+    return {name: row[name] and Estimate(**row[name]) for name in ("accuracy", "nll", "against")}
 
 
 def test_the_tables_of_speed_are_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:

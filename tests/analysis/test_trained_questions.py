@@ -1,5 +1,6 @@
 """`mpvg readout`, `mpvg resolutions` and `mpvg analyze timm/<name>`: questions about a trained network."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_probe_has_the_loss_of_newtons_method(strength: float) -> None:
     probe = linear_probe.fit_probe(x, y, 10, strength)
     loss = F.cross_entropy(probe.logits(x), y) + strength / 2 * probe.weight.square().sum()
     assert float(loss) == pytest.approx(newton(x, y, 10, strength), abs=1e-4)
+
+
+def test_more_channels_than_images_give_the_same_probe() -> None:
+    """Copies of the channels, each divided by the root of their number, leave the penalized problem as it is."""
+    x, y = torch.randn(40, 12).double(), torch.arange(40) % 3
+    fitted = linear_probe.fit_probe(x, y, 3, 0.1)
+    wide = torch.cat([x] * 5, dim=1) / 5**0.5
+    span = torch.linalg.qr(wide.T).Q
+    inside = linear_probe.fit_probe(wide @ span, y, 3, 0.1)
+    torch.testing.assert_close(inside.logits(wide @ span), fitted.logits(x), atol=1e-3, rtol=0)
+    test = torch.arange(40) < 8
+    assert linear_probe.probe_fold(torch.randn(40, 5000), y, 3, test).nll > 0  # not minutes
+
+
+def test_attention_probe_of_few_images_takes_as_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, original = itertools.count(), linear_probe.attend
+    monkeypatch.setattr(linear_probe, "attend", lambda *given: (next(steps), original(*given))[1])
+    linear_probe.fit_query(torch.randn(2, 3, 4).half(), torch.tensor([0, 1]), 2, torch.arange(2), 0)
+    assert next(steps) == 300
 
 
 def test_folds_deal_out_each_class_and_refuse_too_few() -> None:

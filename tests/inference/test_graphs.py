@@ -154,3 +154,10 @@ def test_a_graph_takes_images_of_any_size(family: str, method: str) -> None:
 def test_a_network_of_one_size_says_why(family: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         any_size(build(family))
+
+
+def test_a_network_of_another_kind_is_not_told_of_windows() -> None:
+    with pytest.raises(
+        ValueError, match="only: only ViT, DeiT, ViT-Lite and converted timm networks resample their PE"
+    ):
+        any_size(torch.nn.Linear(2, 2))

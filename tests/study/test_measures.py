@@ -55,7 +55,7 @@ def test_a_study_that_asks_for_it_has_it_in_every_row_also_when_one_is_run_again
     ("old", "new", "said"),
     [
         (RISE, "nll_rise", "margins: unknown metric 'nll_rise'; did you mean nll_rise_2x"),
-        ("recipe: digits, set: {", "recipe: swin_tiny, set: {", "has windows or strides made for one image size"),
+        ("recipe: digits, set: {", "recipe: swin_tiny, set: {", "is for one image size; allowed: ViT"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_run(old: str, new: str, said: str, tmp_path: Path) -> None:

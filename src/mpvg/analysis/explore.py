@@ -117,6 +117,8 @@ class ExploredRun:
         """Why there is no validation set; empty: there is one."""
         self._validation: Batches[Any] | None = None
         self._open_validation()
+        info = run.info
+        self.ask(torch.zeros(info.in_chans, info.img_size, info.img_size))  # a network that fails says so before a page
 
     def _open_validation(self) -> None:
         """Opens the validation set without worker processes: single images are read from it."""

@@ -93,8 +93,12 @@ def probe_fold(features: Tensor, targets: Tensor, classes: int, test: Tensor) ->
     # A channel that is constant but for rounding would become noise.
     scale = torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.inf)
     train, known = (train - mean) / scale, targets[~test]
+    tested = (features[test].double() - mean) / scale
+    if len(train) < train.shape[1]:  # a penalized weight lies in the span of the images, which has fewer dimensions
+        span = torch.linalg.qr(train.T).Q
+        train, tested = train @ span, tested @ span
     strength = _best_strength(train, known, classes)
-    return score(fit_probe(train, known, classes, strength), (features[test].double() - mean) / scale, targets[test])
+    return score(fit_probe(train, known, classes, strength), tested, targets[test])
 
 
 def _best_strength(features: Tensor, targets: Tensor, classes: int) -> float:
@@ -134,7 +138,7 @@ def fit_query(tokens: Tensor, targets: Tensor, classes: int, train: Tensor, seed
         weight = torch.zeros(classes, tokens.shape[-1], requires_grad=True)
         bias = torch.zeros(classes, requires_grad=True)
         optimizer = torch.optim.AdamW([query, weight, bias], lr=_RATE, weight_decay=1e-3)
-        for _ in range(max(_EPOCHS, -(-_STEPS * _BATCH // len(train)))):
+        for _ in range(max(_EPOCHS, -(-_STEPS * _BATCH // max(len(train), _BATCH)))):  # few images are one step
             for chosen in train[torch.randperm(len(train), generator=generator)].split(_BATCH):
                 optimizer.zero_grad()
                 logits = attend(tokens[chosen].float(), query) @ weight.T + bias

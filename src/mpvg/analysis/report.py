@@ -19,6 +19,7 @@ from mpvg.analysis.sentences import make_sentences, references_of
 from mpvg.analysis.trained import BATCH
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
+from mpvg.models.own import network_error
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import SELECTED, Which, checkpoint_folder
 from mpvg.runs.environment import environment
@@ -81,7 +82,7 @@ def analyze(paths: Sequence[str | Path], out: Path, options: Options) -> Report:
             with memory_errors(evaluation_cure("fewer --images")):
                 analyzed.append(analyze_run(runs.load(path), options))
         except (ValueError, OSError) as error:
-            problems[str(path)] = str(error)
+            problems[str(path)] = network_error(error) or str(error)
     if not analyzed:
         raise ValueError("; ".join(f"{path}: {reason}" for path, reason in problems.items()))
     return write(out, analyzed, problems, title="What position embeddings do", weights=options.weights)

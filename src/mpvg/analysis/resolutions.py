@@ -18,7 +18,8 @@ from mpvg.analysis.numbers import estimate_text
 from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference
 from mpvg.analysis.question import text_list, text_table, write_question
 from mpvg.data import ImageBatch
-from mpvg.models.network import delivered_network
+from mpvg.models.mixin import DeliveryMixin
+from mpvg.models.network import delivered_network, patch_grid
 from mpvg.models.registry import check_divisible
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 from mpvg.runs.environment import environment
@@ -92,20 +93,20 @@ def at_size(model: nn.Module, size: Size, resampler: str) -> nn.Module:
     """
     check_resampled(model)
     found: Any = copy.deepcopy(model)
-    check_divisible(size, found.patch_embed.patch_size)
-    prefix = 0 if found.no_embed_class else found.num_prefix_tokens
+    check_divisible(size, found.patch_size)
+    own = patch_grid(model)
 
     def resample(pos: Tensor, grid: Size, old: Size | None = None) -> Tensor:
-        return resample_pos(pos, grid, old or model.patch_embed.grid_size, prefix, resampler)
+        return resample_pos(pos, grid, old or own, pos.shape[1] - own[0] * own[1], resampler)
 
     found._resample = resample
     try:
-        found.set_input_size(img_size=size)
-    except AssertionError as error:
+        found.set_input_size(size)
+    except (AssertionError, NotImplementedError) as error:
         raise ValueError(f"{type(model).__name__} does not take {_named(size)}: {error}") from error
     del found._resample
     with torch.no_grad():  # timm's method resamples in its own way
-        found.pos_embed.copy_(resample(model.get_parameter("pos_embed"), found.patch_embed.grid_size))
+        found.pos_embed.copy_(resample(model.get_parameter("pos_embed"), patch_grid(found)))
     return found.eval()
 
 
@@ -115,13 +116,11 @@ def check_resampled(model: nn.Module) -> None:
     Raises:
         ValueError: it is not, and why.
     """
-    if not isinstance(model, DeliveredVisionTransformer):
-        raise ValueError(
-            f"{type(model).__name__} is no timm VisionTransformer with a delivered PE: it has windows or strides made "
-            "for one image size, or resamples its PE by itself"
-        )
+    name = type(model).__name__
+    if not isinstance(model, (DeliveredVisionTransformer, DeliveryMixin)):
+        raise ValueError(f"{name} is for one image size; allowed: ViT, DeiT, ViT-Lite, or a mpvg.DeliveryMixin")
     if not isinstance(model.pos_embed, nn.Parameter):
-        raise ValueError(f"the PE of {type(model).__name__} is computed for a size, and is not resampled")
+        raise ValueError(f"the PE of {name} is computed for a size, and is not resampled")
 
 
 def resample_pos(pos: Tensor, grid: Size, old: Size, prefix: int, resampler: str) -> Tensor:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mpvg.validation import printable
@@ -56,6 +57,14 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a whole number >= 1")
     return int(text)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written later, as the type of an argument."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give the name of a file in a folder that exists")
+    return path
 
 
 def whole(text: str) -> int:

@@ -72,15 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
         print("\n" + printable(str(stop) or "interrupted; continue with `mpvg train --resume RUN`"), file=sys.stderr)
         return getattr(stop, "exit_code", 130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MPVG_TRACEBACK"):
+    except (Exception, SystemExit) as error:
+        text = _one_line(error)
+        if text is None or os.environ.get("MPVG_TRACEBACK"):
             raise
-        text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
         return _fail(text)
-    except ModuleNotFoundError as error:
-        if os.environ.get("MPVG_TRACEBACK"):
-            raise
-        return _fail(f"{error}; optional packages come with: pip install 'mpvg[all]'")
+
+
+def _one_line(error: BaseException) -> str | None:
+    """An error of the user, or of a network of the user's own, as a message; None: another error."""
+    own = sys.modules.get("mpvg.models.own")  # loaded, with torch, wherever somebody has named a network
+    if own is not None and (text := own.network_error(error)):
+        return str(text)
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        return error.strerror
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; optional packages come with: pip install 'mpvg[all]'"
+    return str(error) if isinstance(error, (ValueError, OSError)) else None
 
 
 def _escape_what_cannot_be_shown() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, add_data, add_weights, positive, print_table, say
+from mpvg.cli.arguments import Parser, add_data, add_weights, output_file, positive, print_table, say
 from mpvg.cli.own import add_model, use_models_of_runs
 
 
@@ -35,7 +35,7 @@ def resolutions(arguments: list[str]) -> int:
     print_table([question.HEAD, *map(question.cells, found.rows)], right=question.HEAD[2:5])
     say("", *(f"size {name} is left out: {reason}" for name, reason in found.refused.items()), found.sentence)
     if given.json:
-        write_json(Path(given.json), found.to_dict())
+        write_json(given.json, found.to_dict())
     if given.out is not None:
         with whole_folder(Path(given.out).absolute()) as folder:
             question.write_page(found, folder / "resolutions.html")
@@ -52,7 +52,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add_data(parser)
     parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
     add_weights(parser, "last")
-    parser.add_argument("--json", metavar="FILE", help="also writes every number")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also writes every number")
     parser.add_argument("--out", metavar="DIR", help="new folder for resolutions.html and resolutions.json")
     add_model(parser)
     return parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from mpvg.inference.programs import FILES, need_packages, trace, write
 from mpvg.inference.quantization import int8_instruction
 from mpvg.inference.resample import any_size
 from mpvg.models.fold import fold
-from mpvg.models.network import count_parameters
+from mpvg.models.network import check_logits, count_parameters
 from mpvg.models.own import is_own
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
@@ -82,6 +82,8 @@ def export_run(
     model = run.model(which, ema=ema)
     network = _prepare(model, kind, dynamic_size=dynamic_size)
     real, images = _images(run)
+    with torch.no_grad():  # a network that fails says so here, and not in the words of a tracer
+        check_logits(model(real[:1]), 1, run.info.num_classes)
     patch = _patch(network) if dynamic_size else None
     values |= {
         "kind": kind,

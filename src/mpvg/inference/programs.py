@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mpvg.inference.quantization import quantize
+from mpvg.models.convert import network_name
+from mpvg.validation import shorten
 
 INPUT, OUTPUT = "images", "logits"
 """Names of an exported network's input and output."""
@@ -53,12 +55,23 @@ def trace(network: nn.Module, example: Tensor, patch: tuple[int, int] | None = N
         network: in evaluation mode.
         example: images `(B, C, H, W)` with B >= 2; torch.export keeps them in the program, so no real ones.
         patch: rows and columns of pixels in a patch, where the size of images is free, too; None: it is not.
+
+    Raises:
+        ValueError: its code cannot become a graph.
     """
     shape: dict[int, Any] = {0: Dim("batch", min=1)}
     if patch is not None:  # torch.export takes a size of 1 for a constant, hence the 2
         shape |= {2: patch[0] * Dim("rows", min=2), 3: patch[1] * Dim("columns", min=2)}
-    with torch.no_grad():
-        program = torch.export.export(network, (example,), dynamic_shapes=(shape,))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network, (example,), dynamic_shapes=(shape,))
+    except MemoryError:
+        raise
+    except Exception as error:  # of code that runs, and that no graph can hold; torch's have no common class
+        raise ValueError(
+            f"torch.export makes no graph of {network_name(network)}: {shorten(' '.join(str(error).split()))}; write "
+            "the forward pass for any number of images (x.shape[0], where len(x) is a constant), without `if` on values"
+        ) from error
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)  # it names files of this machine

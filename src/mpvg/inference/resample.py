@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpvg.models.convert import network_name
+from mpvg.models.swin import DeliveredSwinTransformer
 from mpvg.models.t2t_vit import T2TViT
 from mpvg.models.vision_transformer import DeliveredVisionTransformer
 
@@ -26,8 +27,10 @@ def any_size(model: nn.Module) -> nn.Module:
         ValueError: the network has a fixed image size, with the reason.
     """
     found: Any = model
-    if not isinstance(model, DeliveredVisionTransformer):
+    if isinstance(model, DeliveredSwinTransformer):
         raise _fixed(model, "its windows and their masks are made for it")
+    if not isinstance(model, DeliveredVisionTransformer):
+        raise _fixed(model, "only ViT, DeiT, ViT-Lite and converted timm networks resample their PE in a graph")
     if isinstance(model, T2TViT):
         raise _fixed(model, "the graph that torch.export makes of its soft splits holds for one only")
     arguments = dict(getattr(found, "_model_args", {})) | {"dynamic_img_size": True}

@@ -14,6 +14,22 @@ POS_STD = 0.02
 microsoft/Swin-Transformer)."""
 
 
+class OutputError(ValueError):
+    """A network gives something else than it must."""
+
+
+def check_logits(logits: Any, images: int, classes: int | None = None) -> None:
+    """Refuses what a classifier gives if it is not `(images, classes)`; None: any number of classes.
+
+    Raises:
+        OutputError: with what it gives.
+    """
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape is None or len(shape) != 2 or shape != (images, classes or shape[1]):
+        found = type(logits).__name__ if shape is None else shape
+        raise OutputError(f"{images} images give {found}; allowed: logits ({images}, {classes or 'classes'})")
+
+
 class Delivery(Protocol):
     """`model.delivery`: a PositionDelivery, one per stage (Swin), or the constants of a folded network."""
 

@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mpvg.delivery import Method, as_spec
 from mpvg.models.checkpoints import load_checkpoint
 from mpvg.models.importing import absolute_reference, describe_error, import_factory
 from mpvg.models.mixin import DeliveryMixin
-from mpvg.models.network import DeliveredNetwork, delivered_network
+from mpvg.models.network import DeliveredNetwork, OutputError, delivered_network
 from mpvg.validation import shown
 
 Factory = Callable[..., nn.Module]
@@ -155,6 +156,26 @@ def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returns a {type(model).__name__}; allowed: a factory that returns an nn.Module")
     return model.to("meta") if torch.get_default_device().type == "meta" else model
+
+
+def network_error(error: BaseException) -> str | None:
+    """An error as one line that names the networks of the user's own which are known in this process.
+
+    Returns:
+        None if none is known, or if it is a ValueError of mpvg's, or an end of the process, outside of forward passes.
+    """
+    while type(error) is ValueError and isinstance(error.__cause__, ValueError):  # it was given a prefix
+        error = error.__cause__
+    names = " or ".join(_FACTORIES)
+    advice = f"see `mpvg check-network {' or '.join(map(shlex.quote, _FACTORIES))}`"
+    if names and isinstance(error, OutputError):
+        return f"{names}: {error}; {advice}"
+    frames = traceback.walk_tb(error.__traceback__)
+    forward = any(frame.f_code.co_name in ("_call_impl", "forward", "forward_features") for frame, _ in frames)
+    said = (ValueError, OSError, ModuleNotFoundError, SystemExit)
+    if not names or (isinstance(error, said) and not forward):
+        return None
+    return f"{names} raises {describe_error(error)}; {advice}; MPVG_TRACEBACK=1 shows where"
 
 
 def problems(model: nn.Module) -> list[str]:

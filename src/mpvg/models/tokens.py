@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mpvg.models.mixin import DeliveryMixin
+from mpvg.models.network import OutputError
+
 
 class Tokens(NamedTuple):
     """The tokens of a batch, prefix tokens first; patches of a map in rows."""
@@ -34,10 +37,13 @@ class TokenReader:
                 f"{self.name} has no tokens with a Last LN (norm); allowed: vision transformers, such as ViT, DeiT, "
                 "Eva, ViT with relative positions, Swin"
             )
+        self.prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
         self.class_token = getattr(model, "cls_token", None) is not None
         registers = getattr(model, "reg_token", None)
         self.registers = 0 if registers is None else int(registers.shape[1])
-        self.prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+        if isinstance(model, DeliveryMixin):  # which may name its tokens as it likes
+            self.class_token = self.class_token or model.spec.pool == "token"
+            self.registers = self.prefix - self.class_token
         after_pooling = getattr(model, "fc_norm", None)
         self.is_late = isinstance(found.norm, nn.Identity)
         """Whether the network's own Last LN comes after the pooling."""
@@ -57,9 +63,10 @@ class TokenReader:
         finally:
             hook.remove()
         if not caught or not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise ValueError(f"{self.name} normalizes no tokens with its Last LN: it has no patches to read out")
-        if features.shape != caught[-1].shape or features.shape[-1] != self.model.num_features:
-            raise ValueError(f"the features of {self.name}, {tuple(features.shape)}, are not tokens (B, ..., D)")
+            raise OutputError(f"{self.name} normalizes no tokens with its Last LN: it has no patches to read out")
+        width = getattr(self.model, "num_features", features.shape[-1])
+        if features.shape != caught[-1].shape or features.shape[-1] != width:
+            raise OutputError(f"the features of {self.name}, {tuple(features.shape)}, are not tokens (B, ..., D)")
         before, after = caught[-1].flatten(1, -2), features.flatten(1, -2)
         return Tokens(before, self.last_norm(after) if self.is_late and self.last_norm is not None else after)
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 from mpvg import runs, training
 from mpvg.config import RunConfig
 from mpvg.files import read_regular
-from mpvg.models.own import Networks, networks, use_networks
+from mpvg.models.own import Networks, network_error, networks, use_networks
 from mpvg.runs.checkpoints import CHECKSUMS, checkpoint_folder
 from mpvg.runs.environment import commit, hardware
 from mpvg.runs.lock import RunLockedError
@@ -204,8 +204,11 @@ def _worker(path: Path, errors: Any, gpu: int | None, known: Networks) -> None:
         work(path)
     except KeyboardInterrupt as stop:
         sys.exit(getattr(stop, "exit_code", 130))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        errors.put(str(error))
+    except Exception as error:
+        text = network_error(error)
+        if text is None and not isinstance(error, (OSError, ValueError, ModuleNotFoundError)):
+            raise
+        errors.put(text or str(error))
         sys.exit(2)
 
 

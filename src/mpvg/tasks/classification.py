@@ -14,6 +14,7 @@ from mpvg.config import PRETRAINED, RunConfig
 from mpvg.data import Batches, DataInfo, ImageBatch, image_pipeline, make_preprocess
 from mpvg.data.types import DevicePipeline, Pipeline, Preprocess, Split
 from mpvg.models import TIMM, create_model
+from mpvg.models.network import check_logits
 from mpvg.tasks.classification_review import ClassificationRecord
 from mpvg.tasks.review import Review
 from mpvg.tasks.task import NO_IMAGE, Evaluation, Metric, Prediction, sum_device
@@ -100,7 +101,9 @@ class ClassificationTask:
 
     def losses(self, model: nn.Module, batch: ImageBatch) -> dict[str, Tensor]:
         """The cross entropy; see `classification_loss`."""
-        return {"loss": classification_loss(model(batch.images), batch.targets, self._config.augment.smoothing)}
+        logits = model(batch.images)
+        check_logits(logits, len(batch.images), self._info.num_classes)
+        return {"loss": classification_loss(logits, batch.targets, self._config.augment.smoothing)}
 
     def evaluate(
         self, model: nn.Module, batches: Batches[ImageBatch], accelerator: Accelerator | None = None
@@ -167,7 +170,9 @@ def evaluate(
     place = sum_device(next(model.parameters(), torch.empty(0)).device)
     sums = torch.zeros(4, dtype=torch.float64, device=place)
     for images, targets in batches.epoch():
-        logits = model(images).float()
+        logits = model(images)
+        check_logits(logits, len(images))
+        logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         nll = F.cross_entropy(logits, targets, reduction="none").to(place).double().sum()
         one, five = (hit.sum().to(place).double() for hit in (hits[:, 0], hits.any(dim=1)))
@@ -193,7 +198,9 @@ def predict(model: nn.Module, images: Tensor, class_names: tuple[str, ...], k: i
         class_names: in the order of the logits.
         k: how many classes; fewer where there are fewer.
     """
-    return top_classes(model.eval()(images), class_names, k)
+    logits = model.eval()(images)
+    check_logits(logits, len(images), len(class_names))
+    return top_classes(logits, class_names, k)
 
 
 def top_classes(logits: Tensor, class_names: tuple[str, ...], k: int) -> list[TopClasses]:

@@ -71,8 +71,8 @@ def train(config: RunConfig, *, quiet: bool = False, break_lock: bool = False) -
             create_run(trainer.config, trainer.data.info, trainer.data.inventories)
         try:
             return trainer.run_to_end()
-        except OutOfMemory:
-            if trainer.accelerator.is_main_process:
+        except (Exception, SystemExit) as error:  # of memory, or of a network of the user's own
+            if trainer.accelerator.is_main_process and not isinstance(error, (OSError, NonFiniteLoss)):
                 _free(Path(config.out))
             raise
 
