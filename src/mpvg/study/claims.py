@@ -4,6 +4,7 @@ Everything is generated from `claims.yaml`, the paper's printed values and the f
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -182,28 +183,24 @@ def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
 
 
 def results_section(studies: Sequence[StudyResults]) -> str:
-    """The README's table of verdicts: a row for each claim and setting, with its first contrast."""
-    lines = ["| claim | scale | verdicts | first contrast, difference (95 %) |", "|---|---|---|---|"]
+    """The README's table of verdicts: a row for each claim, with the contrast that has the most seeds."""
+    lines = [
+        "| claim | contrasts | the one with the most seeds: difference (95 %) | its verdict |",
+        "|---|---|---|---|",
+    ]
     untested = []
     for claim in read_claims():
-        settings: dict[tuple[str, str], list[Finding]] = {}
-        for _, several in find(claim, studies):
-            for found in several:
-                settings.setdefault((found.results.study.name, found.setting.name), []).append(found)
-        for several in settings.values():
-            first = several[0]
-            formula, difference = describe_result(first.results, first.result)
-            title = first.results.metrics[first.result.metric].title
-            scale = f"{first.results.scale}, {first.setting.label}, {first.result.seeds} seeds"
-            words: dict[str, list[str]] = {}
-            for found in several:
-                words.setdefault(found.verdict.partition(":")[0], []).append(found.verdict)
-            verdicts = "; ".join(
-                all[0] if len(all) == 1 else f"{word} ({len(all)} contrasts)" for word, all in words.items()
-            )
-            lines.append(f"| {claim.claim} | {scale} | {verdicts} | {formula}: {title} {difference} |")
-        if not settings:
+        findings = [found for _, several in find(claim, studies) for found in several]
+        if not findings:
             untested.append(claim.claim)
+            continue
+        words = Counter(found.verdict.partition(":")[0] for found in findings)
+        verdicts = ", ".join(f"{count} {word}" for word, count in words.items())
+        most = max(findings, key=lambda found: found.result.seeds)
+        formula, difference = describe_result(most.results, most.result)
+        title = most.results.metrics[most.result.metric].title
+        scale = f"{most.results.scale}, {most.setting.label}, {most.result.seeds} seeds"
+        lines.append(f"| {claim.claim} | {verdicts} | {scale}: {formula}: {title} {difference} | {most.verdict} |")
     if untested:
         lines += ["", f"Not tested here yet: {'; '.join(untested)}."]
     return "\n".join(lines)
