@@ -28,7 +28,7 @@ setup: $(STAMP) ## make .venv and install mpvg with everything the checks need
 test: quick-lint ## all checks: lint, format, types, import contracts, tests
 	@$(VENV)/bin/mypy & types=$$!; \
 	$(PYTEST) $(addprefix --ignore ,$(APART) $(RUNTIMES)) $(PYTEST_ARGS); tests=$$?; \
-	wait $$types && exit $$tests
+	wait $$types || { echo "mypy found errors: its lines stand among those of the first tests" >&2; exit 1; }; exit $$tests
 	$(PYTEST) $(RUNTIMES) $(PYTEST_ARGS)
 	$(PYTEST) $(APART) -m "not slow" $(PYTEST_ARGS)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpvg import runs
-from mpvg.analysis.report import Options
+from mpvg.analysis import report
 from mpvg.study import demo
 from mpvg.study.demo import STUDIES, Trained, what_shrinks
 from mpvg.study.folder import make_folder
@@ -113,7 +113,7 @@ scales:
 @pytest.fixture
 def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A demo of eight epochs in all, whose report looks at few images."""
-    monkeypatch.setattr(demo.report, "Options", functools.partial(Options, images=40))
+    monkeypatch.setattr(report, "Options", functools.partial(report.Options, images=40))
     file = tmp_path / "mini_demo.yaml"
     file.write_text(MINI)
     monkeypatch.setitem(demo.STUDIES, "digits", str(file))
