@@ -41,4 +41,8 @@ LOCAL = {"server_name": "127.0.0.1", "share": False, "mcp_server": False, "max_f
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python gradio_app.py RUN")
-    build(sys.argv[1]).launch(theme=gr.themes.Base(font="sans-serif", font_mono="monospace"), **LOCAL)
+    try:
+        app = build(sys.argv[1])
+    except (ValueError, OSError) as error:
+        sys.exit(f"gradio_app.py: {error}")
+    app.launch(theme=gr.themes.Base(font="sans-serif", font_mono="monospace"), **LOCAL)
