@@ -382,3 +382,17 @@ def test_the_records_of_time_follow_from_their_rounds(monkeypatch: pytest.Monkey
         pairs = [block.paired(*row["ratio"].split(" / ")) for block in kept[row["network"], row["case"]]]
         low, median, high = timing.ratio([value for values in pairs for value in values])
         assert (low, median, high) == tuple(pytest.approx(row["cpu"][key]) for key in ("low", "median", "high"))
+
+
+def test_the_rates_of_simulated_studies_are_those_of_the_record() -> None:
+    found, text = record("study_statistics"), page("docs/statistics.md")
+    assert f"commit {found['commit']}" in text
+    assert found["repetitions"] == 1000
+    names = ("coverage", "size", "family", "equivalent at the margin")
+    assert all(set(rates) == set(names) for rates in found["rates"].values())
+    rows = [
+        f"| {seeds} | " + " | ".join(f"{100 * rates[name]:.1f} %" for name in names) + " |"
+        for seeds, rates in found["rates"].items()
+    ]
+    assert len(rows) == 4
+    assert " ".join(rows) in text
