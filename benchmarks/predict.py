@@ -11,8 +11,8 @@ system's cache:
     predict   `mpvg predict FOLDER --jsonl FILE`, from the listing of the folder to the last line
 
 Decoding and the forward pass share the cores with the reading threads of `predict`, so what it can win is the overlap.
-The memory is the process's largest resident set, after a tenth of the images and after all: the second may exceed the
-first by 64 MiB.
+The memory is the largest resident set of `mpvg predict` in a process of its own, for a tenth of the images and for all: the
+second may exceed the first by 64 MiB.
 
 Exit status: 0 if `predict` is at least 0.9 times as fast as decode and forward one after the other (the median of the
 rounds) and the memory is flat, else 1.
@@ -20,8 +20,8 @@ rounds) and the memory is flat, else 1.
 
 import argparse
 import os
-import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -68,9 +68,13 @@ def make_run(folder: Path, model: str) -> Path:
     return run.path
 
 
-def peak() -> int:
-    """The largest resident set so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(arguments: list[str]) -> int:
+    """The largest resident set, in bytes, of an `mpvg` command in a process of its own."""
+    process = subprocess.Popen([sys.executable, "-m", "mpvg", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("mpvg predict failed")
+    return usage.ru_maxrss * 1024
 
 
 def apart(backend: RunBackend, files: list[Path]) -> tuple[float, float]:
@@ -95,8 +99,10 @@ def measure(count: int, rounds: int, model: str) -> dict[str, Any]:
         files = sorted(folder.iterdir())
         few = [str(file) for file in files[: max(2 * BATCH, count // 10)]]
         command = ["predict", str(Path(root) / "run"), "--checkpoint", "last", "--jsonl"]
-        mpvg([*command, str(Path(root) / "few.jsonl"), *few])  # warms up, too
-        first, found = peak(), []
+        first = peak([*command, str(Path(root) / "few.jsonl"), *few])
+        every = peak([*command, str(Path(root) / "all.jsonl"), str(folder)])
+        mpvg([*command, str(Path(root) / "warm.jsonl"), *few])
+        found = []
         for number in range(rounds):
             decode, forward = apart(backend, files)
             begin = time.perf_counter()
@@ -107,7 +113,7 @@ def measure(count: int, rounds: int, model: str) -> dict[str, Any]:
             if len(out.read_text(encoding="utf-8").splitlines()) != count:
                 raise SystemExit("mpvg predict left images out")
             found.append({"decode": decode, "forward": forward, "predict": seconds})
-        return {"rounds": found, "memory": {"first_tenth": first, "all": peak()}}
+        return {"rounds": found, "memory": {"tenth": first, "all": every}}
 
 
 def make_backend(run: Path) -> RunBackend:
@@ -124,7 +130,7 @@ def main() -> int:
     given = parser.parse_args()
     measured = measure(given.images, given.rounds, given.model)
     rates = [(one["decode"] + one["forward"]) / one["predict"] for one in measured["rounds"]]
-    growth = measured["memory"]["all"] - measured["memory"]["first_tenth"]
+    growth = measured["memory"]["all"] - measured["memory"]["tenth"]
     for one, rate in zip(measured["rounds"], rates, strict=True):
         speeds = {name: given.images / seconds for name, seconds in one.items()}
         print("  ".join(f"{name} {speed:.1f}/s" for name, speed in speeds.items()), f" predict over apart {rate:.2f}")
