@@ -11,8 +11,8 @@ system's cache:
     predict   `mpvg predict FOLDER --jsonl FILE`, from the listing of the folder to the last line
 
 Decoding and the forward pass share the cores with the reading threads of `predict`, so what it can win is the overlap.
-The memory is the largest resident set of `mpvg predict` in a process of its own, for a tenth of the images and for all: the
-second may exceed the first by 64 MiB.
+The memory is the largest resident set of `mpvg predict` in a process of its own, for a tenth of the images and for all:
+the second may exceed the first by 64 MiB.
 
 Exit status: 0 if `predict` is at least 0.9 times as fast as decode and forward one after the other (the median of the
 rounds) and the memory is flat, else 1.
