@@ -174,6 +174,12 @@ def torchrun(processes: int) -> list[str]:
     return [*launcher, "--master_port", str(free_port()), "-m", "mpvg"]
 
 
+def rank_variables(count: int) -> list[dict[str, str]]:
+    """The variables that torchrun gives each of so many processes on this machine."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def below(process: int) -> list[int]:
     """A process and all that it has started, and they in turn: torchrun gives each a session of its own."""
     parents = {}
@@ -199,7 +205,7 @@ def kill_below(process: int) -> int:
 
 @pytest.fixture(scope="session")
 def processes() -> SimpleNamespace:
-    return SimpleNamespace(torchrun=torchrun, below=below, kill_below=kill_below, free_port=free_port)
+    return SimpleNamespace(torchrun=torchrun, below=below, kill_below=kill_below, rank_variables=rank_variables)
 
 
 @dataclass
@@ -284,8 +290,6 @@ def start_ranks(start_mpvg: Callable[..., Child]) -> Callable[..., list[Child]]:
     """Starts one `mpvg` command in several processes that train together, as torchrun would."""
 
     def start(count: int, *arguments: object) -> list[Child]:
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        return [start_mpvg(*arguments, environment=own) for own in ranks]
+        return [start_mpvg(*arguments, environment=own) for own in rank_variables(count)]
 
     return start

@@ -24,17 +24,15 @@ SIZES = {
 WARMUP = {"canvas_segmentation": "--optim.warmup_steps", "canvas_detection": "--optim.warmup_epochs"}
 
 
-def rank(number: int, port: int, arguments: list[str]) -> None:
-    place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # as torchrun
-    os.environ.update(place)
+def rank(variables: dict[str, str], arguments: list[str]) -> None:
+    os.environ.update(variables | {"OMP_NUM_THREADS": "1"})  # as torchrun
     sys.exit(main(arguments))
 
 
-def begin(port: int, arguments: list[str]) -> list[BaseProcess]:
-    """Two processes that train together, forked from this one, as it has small scenes."""
+def begin(variables: list[dict[str, str]], arguments: list[str]) -> list[BaseProcess]:
+    """Processes that train together, forked from this one, as it has small scenes."""
     context = multiprocessing.get_context("fork")
-    ranks: list[BaseProcess] = [context.Process(target=rank, args=(number, port, arguments)) for number in range(2)]
+    ranks: list[BaseProcess] = [context.Process(target=rank, args=(own, arguments)) for own in variables]
     for process in ranks:
         process.start()
     return ranks
@@ -59,10 +57,10 @@ def test_a_dense_run_is_killed_and_resumed_to_the_same_bits(
     command += [WARMUP[name], "1"]
     command += "--save_steps 1 --network.drop_path 0.2 --threads 1 --device cpu".split()
     whole, out = tmp_path / "whole", tmp_path / "run"
-    assert finish(begin(processes.free_port(), [*command, "--out", str(whole)])) == [0, 0]
+    assert finish(begin(processes.rank_variables(2), [*command, "--out", str(whole)])) == [0, 0]
     for step in (1, 4):
         start = ["train", "--resume", str(out)] if out.exists() else [*command, "--out", str(out)]
-        ranks, deadline = begin(processes.free_port(), start), time.monotonic() + 120
+        ranks, deadline = begin(processes.rank_variables(2), start), time.monotonic() + 120
         while not any(int(path.name[5:]) >= step for path in (out / "checkpoints").glob("step-*")):
             assert all(process.is_alive() for process in ranks), "one ended by itself"
             assert time.monotonic() < deadline
@@ -70,5 +68,5 @@ def test_a_dense_run_is_killed_and_resumed_to_the_same_bits(
         for process in ranks:
             process.kill()
         assert finish(ranks) == [-signal.SIGKILL] * 2
-    assert finish(begin(processes.free_port(), ["train", "--resume", str(out)])) == [0, 0]
+    assert finish(begin(processes.rank_variables(2), ["train", "--resume", str(out)])) == [0, 0]
     assert record(out, files=False) == record(whole, files=False)
