@@ -140,6 +140,30 @@ def test_analyze(run: Path, tmp_path: Path, refused: Callable[..., str], monkeyp
     assert all(accuracy is not None for accuracy in found["beyond"]["resolutions"].values())
 
 
+def test_readout(run: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    options = ["--samples", "60", "--folds", "3", "--json", str(tmp_path / "found.json")]
+    assert f"add --model {MODEL}" in refused("readout", run, *options)
+    assert main(["readout", str(run), *options, "--model", MODEL]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["images"] == 60
+    assert found["scored"]
+    assert all(0 <= row["accuracy"]["value"] <= 1 for row in found["scored"])
+
+
+def test_resolutions_at_its_own_size_agree_with_evaluate(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    options = ["--sizes", "8", "16", "8x12", "--json", str(tmp_path / "found.json")]
+    assert f"add --model {MODEL}" in refused("resolutions", run, *options)
+    assert main(["resolutions", str(run), *options, "--model", MODEL]) == 0
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    names = ["bicubic", "antialias", "offset"]
+    assert [(row["size"], row["resampler"]) for row in rows] == [
+        *[("8", "antialias"), *(("16", name) for name in names), *(("8x12", name) for name in names)]
+    ]
+    assert rows[0]["accuracy"]["value"] == runs.load(run).metrics()[-1]["accuracy"]
+
+
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])
 def test_export_of_graphs(run: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--format", kind, "--out", str(tmp_path / kind), "--model", MODEL]) == 0

@@ -84,6 +84,15 @@ def test_read_outs_follow_their_definitions() -> None:
         TokenReader(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    model, images = network("vit")
+    with torch.no_grad():
+        model.get_parameter("pos_embed")[0, 0] = value
+    with pytest.raises(ValueError, match="'token' has values that are NaN or infinite; use another checkpoint"):
+        readouts.extract(model, [ImageBatch(images, torch.tensor([0, 1, 2]))], ["token"], images=3)
+
+
 def newton(x: Tensor, y: Tensor, classes: int, strength: float) -> float:
     """The smallest loss, by damped Newton steps on all weights and biases."""
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)

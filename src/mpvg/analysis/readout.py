@@ -125,7 +125,8 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
         paired_difference(values, folds=True) for values in ([s.accuracy for s in found], [s.nll for s in found])
     )
     share = Interval(max(0.0, accuracy.interval.low), min(1.0, accuracy.interval.high))
-    return Scored(name, Estimate(accuracy.difference, share), nll.estimate, found)
+    loss = Interval(max(0.0, nll.interval.low), nll.interval.high)
+    return Scored(name, Estimate(accuracy.difference, share), Estimate(nll.difference, loss), found)
 
 
 def compare(scored: Sequence[Scored], images: int) -> list[Compared]:
