@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from torch import nn
 
-from mpvg.analysis.resolutions import check_resampled
 from mpvg.config import RunConfig
 from mpvg.data import DataInfo
 from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
@@ -26,7 +25,7 @@ from mpvg.models.meta import without_values
 from mpvg.models.own import NotImportedError
 from mpvg.runs.lock import closed_in_children
 from mpvg.study.ledger import LEDGER, Key, Row, read_ledger
-from mpvg.study.measures import RISE, check_metrics
+from mpvg.study.measures import check_measures, check_metrics
 from mpvg.study.plan import MAX_BYTES, Cell, Study, make_cells, study_from, to_dict
 from mpvg.tasks import create_task
 from mpvg.validation import check, parse_yaml
@@ -67,8 +66,7 @@ class StudyFolder:
             try:
                 with without_values():
                     model = _build(cell.config)
-                    if RISE in self.study.margins:
-                        check_resampled(model)
+                    check_measures(self.study.margins, model, cell.config)
                     if cell.pretrain is not None:
                         _build(cell.pretrain)
             except NotImportedError:
