@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpvg.analysis import linear_probe, plain, readout, readouts, resolutions
 from mpvg.analysis.findings import Estimate
-from mpvg.analysis.paired import images_needed, judge, paired_difference
+from mpvg.analysis.paired import MARGIN, images_needed, judge, paired_difference
 from mpvg.analysis.sensitivity import CachedBatches
 from mpvg.cli.main import main
 from mpvg.data import ImageBatch
@@ -162,14 +162,14 @@ def test_folds_deal_out_each_class_and_refuse_too_few() -> None:
 def test_paired_difference_is_students_t_corrected_for_folds(folds: bool, share: float) -> None:
     from scipy.stats import t
 
-    values = [0.01, 0.03, 0.02, 0.04, 0.0]
-    found = paired_difference(values, folds=folds, margin=0.1)
-    variance = sum((v - 0.02) ** 2 for v in values) / 4
+    values = [0.001, 0.003, 0.002, 0.004, 0.0]
+    found = paired_difference(values, folds=folds)
+    variance = sum((v - 0.002) ** 2 for v in values) / 4
     error = math.sqrt(variance * share)
-    assert found.difference == pytest.approx(0.02)
-    assert found.interval.high == pytest.approx(0.02 + t.ppf(0.975, 4) * error)
-    assert found.p == pytest.approx(2 * t.sf(0.02 / error, 4))
-    assert found.p_equivalent == pytest.approx(t.sf(0.08 / error, 4))
+    assert found.difference == pytest.approx(0.002)
+    assert found.interval.high == pytest.approx(0.002 + t.ppf(0.975, 4) * error)
+    assert found.p == pytest.approx(2 * t.sf(0.002 / error, 4))
+    assert found.p_equivalent == pytest.approx(t.sf((MARGIN - 0.002) / error, 4))
 
 
 def test_attention_probe_finds_the_token_that_tells_the_class() -> None:

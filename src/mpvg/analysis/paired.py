@@ -31,7 +31,7 @@ class PairedDifference(NamedTuple):
         return Estimate(self.difference, self.interval)
 
 
-def paired_difference(differences: Sequence[float], *, folds: bool = False, margin: float = MARGIN) -> PairedDifference:
+def paired_difference(differences: Sequence[float], *, folds: bool = False) -> PairedDifference:
     """Mean of paired differences with Student's t or, over folds, the corrected resampled t.
 
     The training parts of a cross-validation overlap, so that its folds are not independent: the variance of the mean is
@@ -40,7 +40,6 @@ def paired_difference(differences: Sequence[float], *, folds: bool = False, marg
     Args:
         differences: at least two.
         folds: whether they are of the folds of a cross-validation, and not of images.
-        margin: the smallest difference that matters, > 0.
 
     Source:
         Nadeau and Bengio, Inference for the Generalization Error, 2003.
@@ -51,7 +50,7 @@ def paired_difference(differences: Sequence[float], *, folds: bool = False, marg
     mean = float(sample.mean())
     error = float(sample.std()) * math.sqrt(1 / count + (1 / (count - 1) if folds else 0))
     half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, count - 1)) * error
-    room = margin - abs(mean)
+    room = MARGIN - abs(mean)
     if error == 0:
         p, p_equivalent = float(mean == 0), float(room <= 0)
     else:
