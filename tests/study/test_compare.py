@@ -130,3 +130,12 @@ def test_the_command_prints_every_form_and_writes_all(
     assert "--margin is 'nll=none'; allowed: METRIC=VALUE" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "nothing")]) == 2
     assert "no run in" in capsys.readouterr().err
+
+
+def test_the_first_run_is_the_reference_also_before_a_folder(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("gap0", "gap1"):
+        shutil.move(root / name, tmp_path / "gaps" / name)
+    assert main(["compare", str(root / "pvg0"), str(root / "pvg1"), str(tmp_path / "gaps")]) == 0
+    assert "runs: gap - pvg: nll" in capsys.readouterr().out

@@ -108,3 +108,13 @@ def test_an_arm_that_a_network_cannot_run_is_left_out_with_the_reason(tmp_path: 
 def test_the_study_in_the_docs_is_valid() -> None:
     text = (Path(__file__).parents[2] / "docs/study.md").read_text().split("```yaml\n")[1].split("```")[0]
     assert len(make_cells(parse_study(text.encode(), "docs/study.md"), "tiny", Path("out"))) == 4 * 8
+
+
+def test_a_repetition_with_seeds_in_common_is_refused(tmp_path: Path) -> None:
+    study = parse_study(TEXT.encode(), "mini.yaml")
+    same = next(arm for arm in study.arms if arm.first_seed)
+    with pytest.raises(
+        ValueError, match=f"with {same.first_seed + 1} seeds from 0 and from {same.first_seed} they share"
+    ):
+        make_cells(study, "tiny", tmp_path, seeds=same.first_seed + 1)
+    assert make_cells(study, "tiny", tmp_path, seeds=3)

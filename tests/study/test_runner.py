@@ -1,5 +1,6 @@
 """Runs a small study in real processes: killed, shared, stopped, diverging."""
 
+import math
 import multiprocessing
 import os
 import random
@@ -17,15 +18,38 @@ from mpvg import runs
 from mpvg.cli.main import main
 from mpvg.files import temp_path
 from mpvg.runs.lock import RunLockedError
+from mpvg.study import runner
 from mpvg.study.folder import StudyFolder, make_folder, open_folder
 from mpvg.study.ledger import Row, read_ledger
 from mpvg.study.plan import Study, parse_study
 from mpvg.study.replay import choose_row, replay
-from mpvg.study.runner import run_cell, work
+from mpvg.study.runner import run_cell, visible_devices, work
 from study_text import TEXT
 
 KILLS = 5
 """Thirty, of the whole command, are in benchmarks/study_kills.py."""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, ["0", "1"]), ("4,5,6", ["4", "5"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_workers_use_the_gpus_that_this_process_may_use(
+    given: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_devices(2) == expected
+
+
+def test_a_metric_that_is_not_finite_is_refused_before_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path / "out", parse_study(TEXT.encode(), "mini.yaml"), "tiny", seeds=1)
+    monkeypatch.setattr(runner, "measure", lambda *_: {"r": math.nan})
+    with pytest.raises(ValueError, match="r is nan, which cannot be tested; leave it out of the study's margins"):
+        runner.work(folder.path)
+    assert folder.rows() == []
 
 
 def worker(path: Path) -> BaseProcess:

@@ -40,12 +40,10 @@ def compare(arguments: list[str]) -> int:
     from mpvg.study import compare as comparison
     from mpvg.study import tables
 
-    paths = [
-        state.path
-        for run in map(Path, given.runs)
-        for state in ([] if (run / "config.yaml").exists() else find_runs(run))
-    ]
-    paths += [Path(run) for run in given.runs if (Path(run) / "config.yaml").exists() or not Path(run).is_dir()]
+    paths: list[Path] = []
+    for run in map(Path, given.runs):
+        is_run = (run / "config.yaml").exists()
+        paths += [run] if is_run else [state.path for state in find_runs(run)]
     margins = dict(_margin(text) for text in given.margin)
     results = comparison.compare(paths, reference=given.reference, margins=margins, allow=given.allow)
     texts = tables.render(results)

@@ -179,11 +179,12 @@ def _pilot(folder: "StudyFolder") -> int:
 
 def _finish(folder: "StudyFolder") -> int:
     from mpvg.study.results import collect
-    from mpvg.study.tables import headline, write_tables
+    from mpvg.study.tables import headline, write_results
 
     missing = len(folder.missing())
-    written = write_tables(folder.path)
-    say(*headline(collect(folder.study, folder.scale, folder.rows())))
+    results = collect(folder.study, folder.scale, folder.rows())
+    written = write_results(results, folder.path)
+    say(*headline(results))
     if missing:
         say(f"{missing} runs are missing: another command does them, or give the same command again")
     say("written: " + ", ".join(str(path) for path in written))

@@ -188,7 +188,8 @@ def open_split(
 
 def _spread(source: Source, images: int) -> Source:
     """At most so many samples, spread evenly: validation sets are in the order of their classes."""
-    chosen = range(0, len(source), max(1, len(source) // images))[:images]
+    count = min(images, len(source))
+    chosen = [number * len(source) // count for number in range(count)]
     return source.select(chosen) if isinstance(source, tensors.TensorSource) else Subset(source, chosen)
 
 

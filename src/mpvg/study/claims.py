@@ -19,7 +19,7 @@ from mpvg.study.contrasts import Result, seeds_needed
 from mpvg.study.folder import STUDY, open_folder
 from mpvg.study.paper import printed_tables
 from mpvg.study.results import SettingResult, StudyResults, collect
-from mpvg.study.tables import describe_result, render, write_tables
+from mpvg.study.tables import describe_result, render, write_results
 from mpvg.validation import build, check_choices, parse_yaml
 
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -248,7 +248,9 @@ def publish(root: Path) -> list[Path]:
         root: of the repository.
     """
     studies = read_results(root / "results")
-    written = [path for file in sorted((root / "results").glob(f"*/{STUDY}")) for path in write_tables(file.parent)]
+    written = []
+    for results in studies:
+        written += write_results(results, root / "results" / f"{results.study.name}-{results.scale}")
     for path, text in generated(root, studies).items():
         atomic_text(path, text)
         written.append(path)

@@ -142,7 +142,7 @@ def append_row(path: Path, row: Row) -> bool:
         OSError: it cannot be written.
         ValueError: the ledger is damaged.
     """
-    line = json.dumps(dataclasses.asdict(row)).encode() + b"\n"
+    line = json.dumps(dataclasses.asdict(row), allow_nan=False).encode() + b"\n"
     with _locked(path) as number:
         if any(other.key == row.key for other in read_ledger(path)):
             return False

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -299,11 +300,12 @@ def make_cells(
         model: replaces the network of every setting.
 
     Raises:
-        ValueError: there is no such scale.
+        ValueError: there is no such scale, or an arm and its repetition have seeds in common.
     """
     place: dict[str, Any] = {} if scale == "paper" else {"threads": 1, "device": "cpu"}
     cells = []
     for setting in study.settings(scale):
+        _check_repetitions(study.arms, seeds or setting.seeds)
         before = _pretraining(setting)
         configs = [(arm, replace(make_config(setting, arm, data=data, model=model), **place)) for arm in study.arms]
         for number in range(seeds or setting.seeds):
@@ -318,6 +320,17 @@ def make_cells(
                     cell = replace(cell, pretrain=first)
                 cells.append(replace(cell, config=config))
     return cells
+
+
+def _check_repetitions(arms: Sequence[Arm], seeds: int) -> None:
+    """Refuses an arm that is another one with some of its seeds: it would be compared with its own runs."""
+    for arm, other in combinations(arms, 2):
+        distance = abs(arm.first_seed - other.first_seed)
+        if arm.set == other.set and distance < seeds:
+            raise ValueError(
+                f"the arms {arm.name} and {other.name} are the same, and with {seeds} seeds from {arm.first_seed} and "
+                f"from {other.first_seed} they share runs; allowed: first_seed at least {seeds} apart"
+            )
 
 
 def _pretraining(setting: Setting) -> Setting | None:

@@ -1,11 +1,11 @@
 """What a study will take and can decide, before it is run; and after its pilot, without a look at the arms' means."""
 
-import os
 import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from mpvg.data.loader import count_cores
 from mpvg.study.contrasts import decidable, pooled_sd
 from mpvg.study.folder import StudyFolder
 from mpvg.study.plan import Cell
@@ -23,7 +23,7 @@ def preview(folder: StudyFolder) -> list[str]:
     done = {row.key for row in rows}
     lines = [f"{len(cells)} runs, {sum(cell.key in done for cell in cells)} of them done"]
     lines += [f"arm {arm} is left out of {setting}: {reason}" for (setting, arm), reason in folder.refused.items()]
-    hours, cores = 0.0, os.cpu_count() or 1
+    hours, cores = 0.0, count_cores()
     for setting in folder.study.settings(folder.scale):
         own = [cell for cell in cells if cell.setting == setting.name and cell.key not in done]
         arms = Counter(cell.arm for cell in own)

@@ -3,13 +3,14 @@
 Workers of one or several commands, on one or several machines with a common file system, share a study.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from rich.progress import Progress
 
 from mpvg import runs, training
 from mpvg.config import RunConfig
+from mpvg.data.loader import count_cores
 from mpvg.files import read_regular
 from mpvg.models.own import Networks, network_error, networks, use_networks
 from mpvg.runs.checkpoints import CHECKSUMS, checkpoint_folder
@@ -76,6 +78,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         summary = _train_or_resume(with_init_file(started))
         values |= _of_summary(summary, config.task)
         values["metrics"] |= measure(out, folder.study.margins)
+        _check_finite(out, values["metrics"])
         values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
@@ -100,6 +103,12 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         config=config_differences(config),
         **values,
     )
+
+
+def _check_finite(run: Path, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{run}: {name} is {value}, which cannot be tested; leave it out of the study's margins")
 
 
 def _train_or_resume(config: RunConfig) -> dict[str, Any]:
@@ -144,12 +153,14 @@ def run_study(folder: StudyFolder, workers: int | None = None, *, blind: bool = 
     if not missing:
         return
     gpus = torch.cuda.device_count() if any(cell.config.device != "cpu" for cell in missing) else 0
-    count = min(workers or gpus or os.cpu_count() or 1, len(missing))
+    devices = visible_devices(gpus)
+    count = min(workers or gpus or count_cores(), len(missing))
     context = _fresh_processes()
     errors = context.SimpleQueue()
     processes = [
         context.Process(
-            target=_worker, args=(folder.path, errors, number % gpus if gpus else None, networks(folder.model_names()))
+            target=_worker,
+            args=(folder.path, errors, devices[number % gpus] if gpus else None, networks(folder.model_names())),
         )
         for number in range(count)
     ]
@@ -194,10 +205,16 @@ def _fresh_processes() -> SpawnContext | ForkServerContext:
     return context
 
 
-def _worker(path: Path, errors: Any, gpu: int | None, known: Networks) -> None:
+def visible_devices(count: int) -> list[str]:
+    """The first GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers or identifiers."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in given.split(",")][:count] if given else list(map(str, range(count)))
+
+
+def _worker(path: Path, errors: Any, gpu: str | None, known: Networks) -> None:
     """A worker process; `known`: the networks of the user's own that the process which started it has imported."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         use_networks(known)
