@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from mpvg import runs
 from mpvg.cli.main import main
+from mpvg.models.importing import import_factory
 
 COMMAND = "train --data digits --method mpvg --epochs 2 --batch_size 256 --threads 1 --device cpu --optim.clip_grad 1"
+ROOT = Path(__file__).parents[2]
 StartRanks = Callable[..., list[Any]]
 
 
@@ -40,6 +42,25 @@ def test_the_same_batch_makes_the_same_curve_on_any_number_of_processes(
     for key, value in expected.items():
         torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-4)
     assert json.loads((out / "summary.json").read_text())["parameters"] > 0
+
+
+def test_the_scores_of_averaged_weights_are_those_of_the_ones_that_are_saved(
+    start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    """Each process follows the BatchNorm statistics of its own batches."""
+    conv = "nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)"
+    text = (ROOT / "examples/own_network.py").read_text()
+    assert conv in text
+    (tmp_path / "normed.py").write_text(text.replace(conv, f"nn.Sequential({conv}, nn.BatchNorm2d(dim, momentum=0.9))"))
+    options = ["--model", f"{tmp_path}/normed.py:small_vit", "--ema_decay", "0.5", "--epochs", "1"]
+    out = tmp_path / "run"
+    ranks = start_ranks(2, *COMMAND.split(), *options, "--out", out)
+    assert [(rank.wait(), rank.said())[0] for rank in ranks] == [0, 0]
+    run = runs.load(out, model=import_factory(f"{tmp_path}/normed.py:small_vit"))
+    (line,) = run.metrics()
+    for prefix, ema in (("", False), ("ema_", True)):
+        found = run.task().evaluate(run.model("last", ema=ema), run.validation(torch.device("cpu")))
+        assert line[f"{prefix}nll"] == pytest.approx(found.metrics["nll"], rel=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused_without_a_hang(start_ranks: StartRanks, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from mpvg.config import RunConfig
@@ -117,7 +117,9 @@ class DetectionTask:
             ValueError: no image can be read, or no object is annotated.
         """
         model.eval()
-        truths, results = self._collect(model if accelerator is None else _alike(model, accelerator), batches)
+        # DistributedDataParallel would exchange buffers at a forward pass, of which processes have different numbers.
+        network = model if accelerator is None else accelerator.unwrap_model(model)
+        truths, results = self._collect(network, batches)
         if accelerator is not None and accelerator.num_processes > 1:
             truths, results = gather_object(truths), gather_object(results)
         check_objects(truths)  # by every process: the others would wait for a first one that stops
@@ -179,16 +181,3 @@ class DetectionTask:
 
 def _is_first(accelerator: Accelerator | None) -> bool:
     return accelerator is None or accelerator.is_main_process
-
-
-@torch.no_grad()
-def _alike(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network itself, with the first process's running statistics, which are those that are saved.
-
-    DistributedDataParallel would exchange buffers at every forward pass, and processes have different numbers of them.
-    """
-    network: nn.Module = accelerator.unwrap_model(model)
-    if accelerator.num_processes > 1:
-        for buffer in network.buffers():
-            buffer.copy_(broadcast(buffer))
-    return network

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, broadcast
 from torch import Tensor, nn
 
 from mpvg.config import RunConfig
@@ -49,6 +49,17 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.network.sync_bn and accelerator.device.type != "cuda":
         raise ValueError("network.sync_bn is True, but torch's SyncBatchNorm works on GPUs only; leave it out")
     return accelerator
+
+
+@torch.no_grad()
+def broadcast_buffers(network: nn.Module, accelerator: Accelerator) -> None:
+    """Gives every process the running statistics of the first one, which are those that are saved.
+
+    Each process follows the statistics of its own batches; those of averaged weights are never exchanged otherwise.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in network.buffers():
+            buffer.copy_(broadcast(buffer))
 
 
 def bf16_refusal(device: torch.device) -> str | None:

@@ -36,7 +36,7 @@ from mpvg.tasks import Evaluation, create_task, describe_metrics, is_better, sel
 from mpvg.tasks.task import EMA, sum_device
 from mpvg.training import optimizer as optimizers
 from mpvg.training import records
-from mpvg.training.accelerator import AsyncCopy, make_accelerator, prepare_model, start_tracker
+from mpvg.training.accelerator import AsyncCopy, broadcast_buffers, make_accelerator, prepare_model, start_tracker
 from mpvg.training.estimate import describe_start
 from mpvg.training.gradients import check_gradient_norms, gradient_norms
 from mpvg.training.normalization import with_weights_normalization
@@ -270,6 +270,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Ends the epoch: evaluates the model, writes a line of metrics and a checkpoint."""
         progress, ema = self.progress, self.state.ema
+        for network in (self.state.network, *([] if ema is None else [ema.module])):
+            broadcast_buffers(network, self.accelerator)
         trained = self.task.evaluate(self.model, self.data.val, self.accelerator)
         self._check_metrics(trained)
         averaged = self.task.evaluate(ema.module, self.data.val, self.accelerator) if ema is not None else None
