@@ -10,7 +10,7 @@ from mpvg.delivery import as_spec, describe_spec
 from mpvg.runs.lock import current_holder
 from mpvg.runs.run import Run, load
 from mpvg.statistics import mean_and_interval
-from mpvg.tasks import task_class
+from mpvg.tasks import best_line, selecting_metric, task_class
 from mpvg.tasks.task import EMA, Metric
 from mpvg.validation import printable
 
@@ -60,11 +60,10 @@ class RunState:
         )
 
     def best(self) -> float | None:
-        """The best value so far of the metric that the run's task names; None before an epoch ends."""
-        if self.run is None or not self.metrics:
+        """The value of the metric that chooses checkpoints at the best epoch so far; None before an epoch ends."""
+        if self.run is None or (line := best_line(self.run.config, self.metrics)) is None:
             return None
-        key = task_class(self.run.config.task).best
-        value: float = (max if self._metric().higher_is_better else min)(line[key] for line in self.metrics)
+        value: float = line[selecting_metric(self.run.config)]
         return value
 
     def _metric(self) -> Metric:

@@ -34,7 +34,7 @@ from mpvg.runs.metrics import LINE, read_metrics
 from mpvg.runs.pointers import step_name
 from mpvg.runs.reading import read_config, read_info, read_summary
 from mpvg.seeding import seed_everything
-from mpvg.tasks import Task, create_task, is_better, selecting_metric, task_class
+from mpvg.tasks import Task, best_line, create_task, selecting_metric, task_class
 from mpvg.tasks.task import EMA
 from mpvg.validation import printable, shorten
 
@@ -100,10 +100,7 @@ class Run:
 
     def best_step(self) -> str | None:
         """The name of the folder that the best checkpoint has or had; None before an epoch ends."""
-        kind, key = task_class(self.config.task), selecting_metric(self.config)
-        best: dict[str, Any] | None = None
-        for line in self.metrics():
-            best = line if is_better(kind, line[key], best[key] if best else None) else best
+        best = best_line(self.config, self.metrics())
         return step_name(best["step"]) if best else None
 
     def initial_model(self) -> nn.Module:

@@ -1,6 +1,7 @@
-"""The tasks by name: one file each, behind the interface in `task.py`."""
+"""The tasks by name: one file each, with the interface of `task.py`."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,15 @@ def is_better(task: Task[Any] | type[Task[Any]], value: float, best: float | Non
     if best is None or math.isnan(best):
         return True
     return value > best if task.metrics[task.best].higher_is_better else value < best
+
+
+def best_line(config: RunConfig, metrics: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The line of metrics.jsonl whose checkpoint is the best one; None: there is no line."""
+    kind, key = task_class(config.task), selecting_metric(config)
+    best: Mapping[str, Any] | None = None
+    for line in metrics:
+        best = line if is_better(kind, line[key], best[key] if best else None) else best
+    return best
 
 
 def create_task(config: RunConfig, info: DataInfo) -> Task[Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from mpvg.config import RunConfig
 from mpvg.models.network import count_parameters
 from mpvg.runs.environment import commit, hardware
-from mpvg.tasks import Evaluation, Task, is_better, selecting_metric
+from mpvg.tasks import Evaluation, Task, best_line, selecting_metric
 from mpvg.tasks.task import EMA
 from mpvg.training.gradients import NAMES
 from mpvg.training.state import TrainProgress
@@ -42,10 +42,8 @@ def summary(
     config: RunConfig, task: Task[Any], metrics: Sequence[Mapping[str, Any]], network: nn.Module
 ) -> dict[str, Any]:
     """The run in one line: what a study collects."""
-    selecting = selecting_metric(config)
-    last, best = metrics[-1], metrics[0]
-    for line in metrics:
-        best = line if is_better(task, line[selecting], best[selecting]) else best
+    last, best = metrics[-1], best_line(config, metrics)
+    assert best is not None
     values: dict[str, Any] = {
         "config_hash": config.digest(),
         "recipe": config.recipe,
@@ -59,7 +57,7 @@ def summary(
         "best_metric": task.best,
         "higher_is_better": task.metrics[task.best].higher_is_better,
         **{name: last[name] for name in task.summarized},
-        f"best_{task.best}": best[selecting],
+        f"best_{task.best}": best[selecting_metric(config)],
         "best_epoch": best["epoch"],
     }
     if config.ema_decay:
