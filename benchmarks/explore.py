@@ -40,10 +40,10 @@ network that was never trained may be the same in two digits."""
 def answers(explored: ExploredRun, image: Path, count: int) -> list[float]:
     """Seconds of each answer, without a browser."""
     selected = explored.read(image)
-    plain, found = explored.ask(selected.input), []
+    plain, found = explored.predict(selected.input), []
     for number in range(count + 2):
         begun = time.perf_counter()
-        now = explored.ask(selected.input, Changes(factors={"3": 0.5 + 0.01 * number}))
+        now = explored.predict(selected.input, Changes(factors={"3": 0.5 + 0.01 * number}))
         what_is_said(explored, selected, now, plain)
         layer_by_layer(now, plain)
         found.append(time.perf_counter() - begun)

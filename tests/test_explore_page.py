@@ -89,12 +89,12 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
 
 @pytest.fixture(scope="module")
 def opened(served: tuple[str, list[ExploredRun]]) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """The page in a browser, what it complained of, and what it asked for."""
-    with new_page() as (page, complaints, asked):
+    """The page in a browser, what it complained of, and what it column for."""
+    with new_page() as (page, complaints, column):
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(served[0])
         page.wait_for_function("document.querySelectorAll('.explored table').length === 4")
-        yield page, complaints, asked
+        yield page, complaints, column
 
 
 def table(page: Any, number: int) -> dict[str, list[str]]:
@@ -116,7 +116,7 @@ def texts(page: Any) -> list[str]:
 
 def expected(explored: ExploredRun, number: int, changes: Changes) -> dict[str, list[str]]:
     image = explored.validation_image(number).input
-    now, before = (explored.ask(image, change).probabilities for change in (changes, Changes()))
+    now, before = (explored.predict(image, change).probabilities for change in (changes, Changes()))
     found, classes = now.topk(5)
     names = explored.run.info.class_names
     return {
@@ -140,7 +140,7 @@ def test_a_slider_is_moved_by_the_keyboard_and_the_answer_is_that_of_the_network
     page.wait_for_timeout(100)
     assert table(page, 0) == expected(mpvg, 0, Changes(factors={"2": 0}))
     assert [cells[0] for cells in table(page, 1).values()] == ["raw PE", "its PE", "raw PE", "its PE", "its PE"]
-    assert texts(page)[2:] == before[2:]  # the other run is not asked again
+    assert texts(page)[2:] == before[2:]  # the other run is not column again
     page.get_by_role("button", name="Reset", exact=True).first.click()
     page.wait_for_function("before => document.querySelector('.explored table')?.textContent === before", arg=before[0])
 
@@ -243,10 +243,10 @@ def test_every_control_has_a_label_and_names_are_text(opened: tuple[Any, list[st
 def test_nothing_is_asked_of_another_host_and_nothing_complains(
     opened: tuple[Any, list[str], list[str]], served: tuple[str, list[ExploredRun]]
 ) -> None:
-    _, complaints, asked = opened
+    _, complaints, column = opened
     assert complaints == []
-    assert len(asked) > 10
-    assert [url for url in asked if not url.startswith((served[0], "data:", "blob:"))] == []
+    assert len(column) > 10
+    assert [url for url in column if not url.startswith((served[0], "data:", "blob:"))] == []
 
 
 def test_the_server_is_for_this_machine_and_gives_no_file(served: tuple[str, list[ExploredRun]]) -> None:

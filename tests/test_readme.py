@@ -343,8 +343,8 @@ def test_the_tables_of_trained_networks_are_those_of_the_records() -> None:
         difference, interval, *rest = one["found"]
         pair = PairedDifference(difference, Interval(*interval), rest[0], rest[1], rest[2])
         compared.append(readout.Compared(**one | {"found": pair}))
-    answer = readout.Answer(found["images"], scored, compared, found["left_out"], found["sentence"])
-    table = readout.rows(answer)
+    measured = readout.ReadoutComparison(found["images"], scored, compared, found["left_out"], found["sentence"])
+    table = readout.rows(measured)
     rows = [resolutions.AtSize(**one | estimates(one)) for one in record("trained-resolutions")["rows"]]
     assert len(table) == 7
     assert len(rows) == 7

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpvg import fold
 from mpvg.analysis import explore
-from mpvg.analysis.explore import INPUT, Changes, ExploredRun, ask, receiving
+from mpvg.analysis.explore import INPUT, Changes, ExploredRun, predict, receiving
 from mpvg.analysis.probe import LAST
 from mpvg.inference import Predictor
 from small_networks import FAMILIES, build, images
@@ -39,13 +39,13 @@ def test_without_changes_it_is_the_plain_forward_to_the_bit(family: str, method:
         plain = model(image[None])[0]
     unit = Changes(factors=dict.fromkeys(receiving(model), 1.0))
     for changes in (None, Changes(), unit):
-        answer = ask(model, image, changes)
-        assert torch.equal(answer.logits, plain)
-        assert torch.equal(answer.image, image)
+        output = predict(model, image, changes)
+        assert torch.equal(output.logits, plain)
+        assert torch.equal(output.image, image)
     assert "deliver" not in vars(model)
     assert "raw_pos_embed" not in vars(model)
     assert model.probe is None
-    assert {place.name for place in answer.places if place.delivered} <= {*receiving(model), LAST}
+    assert {place.name for place in output.places if place.delivered} <= {*receiving(model), LAST}
 
 
 def by_hand(model: Any, image: Tensor, pes: list[Tensor | None], last: Tensor | None, pos: Tensor) -> Tensor:
@@ -84,9 +84,9 @@ def test_every_change_equals_a_forward_by_hand() -> None:
             by_hand(model, image, [None, 2 * last, *pes[2:]], pes[1], raw),
         ),
     ):
-        torch.testing.assert_close(ask(model, image, changes).logits, expected, atol=1e-12, rtol=0)
-    answers = [ask(model, image, Changes(factors={name: 0})).logits for name in (INPUT, "1", "2", "3", LAST)]
-    assert all(not torch.allclose(answer, ask(model, image).logits, atol=1e-6) for answer in answers)
+        torch.testing.assert_close(predict(model, image, changes).logits, expected, atol=1e-12, rtol=0)
+    outputs = [predict(model, image, Changes(factors={name: 0})).logits for name in (INPUT, "1", "2", "3", LAST)]
+    assert all(not torch.allclose(output, predict(model, image).logits, atol=1e-6) for output in outputs)
 
 
 def test_an_exchange_twice_is_none_and_its_order_does_not_matter() -> None:
@@ -99,7 +99,9 @@ def test_an_exchange_twice_is_none_and_its_order_does_not_matter() -> None:
     twice = explore.apply(once, changes)
     assert all(a is b for a, b in zip(twice.per_layer, delivered.per_layer, strict=True))
     image = one(model)
-    assert torch.equal(ask(model, image, changes).logits, ask(model, image, Changes(exchanged=("3", "1"))).logits)
+    assert torch.equal(
+        predict(model, image, changes).logits, predict(model, image, Changes(exchanged=("3", "1"))).logits
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +117,7 @@ def test_the_input_pe_alone_is_changed(family: str) -> None:
         return seen[-1]
 
     model.delivery.forward = watched
-    assert not torch.equal(ask(model, image, Changes(factors={INPUT: 2.0})).logits, ask(model, image).logits)
+    assert not torch.equal(predict(model, image, Changes(factors={INPUT: 2.0})).logits, predict(model, image).logits)
     for delivered in seen:
         assert torch.equal(delivered.carry, before.carry)
 
@@ -123,13 +125,13 @@ def test_the_input_pe_alone_is_changed(family: str) -> None:
 def test_the_image_moves_and_its_border_is_repeated() -> None:
     model = build("ViT")
     image = one(model)
-    answer = ask(model, image, Changes(right=3, down=-2))
+    output = predict(model, image, Changes(right=3, down=-2))
     side = image.shape[-1]
     for row, column in ((0, 0), (2, 5), (side - 1, side - 1)):
         source = image[:, min(side - 1, row + 2), max(0, column - 3)]
-        assert torch.equal(answer.image[:, row, column], source)
-    assert torch.equal(answer.logits, ask(model, answer.image).logits)
-    assert ask(model, image, Changes(right=10 * side)).image.std(dim=-1).max() == 0
+        assert torch.equal(output.image[:, row, column], source)
+    assert torch.equal(output.logits, predict(model, output.image).logits)
+    assert predict(model, image, Changes(right=10 * side)).image.std(dim=-1).max() == 0
 
 
 @torch.no_grad()
@@ -137,11 +139,11 @@ def test_the_image_moves_and_its_border_is_repeated() -> None:
 def test_norms_and_r_are_those_of_the_equations(method: str) -> None:
     model = build("ViT", method, depth=3)
     image = one(model)
-    answer = ask(model, image)
-    assert [place.name for place in answer.places] == ["0", "1", "2", LAST]
+    output = predict(model, image)
+    assert [place.name for place in output.places] == ["0", "1", "2", LAST]
     delivered, prefix = model.deliver(model.pos_embed), model.num_prefix_tokens
     tokens, _ = model.embed(image[None])
-    for layer, (place, pe) in enumerate(zip(answer.places, [*delivered.per_layer, delivered.last], strict=True)):
+    for layer, (place, pe) in enumerate(zip(output.places, [*delivered.per_layer, delivered.last], strict=True)):
         last = layer == len(model.blocks)
         normed = (model.norm if last else model.blocks[layer].norm1)(tokens)
         a = normed[0, prefix:].double().numpy()
@@ -154,7 +156,7 @@ def test_norms_and_r_are_those_of_the_equations(method: str) -> None:
         assert (place.r_constant, place.r_positional) == pytest.approx((constant, positional))
         if last:
             after = a if pe is None else a + b
-            assert answer.norms_after.numpy() == pytest.approx(np.linalg.norm(after, axis=1))
+            assert output.norms_after.numpy() == pytest.approx(np.linalg.norm(after, axis=1))
         else:
             tokens = model.blocks[layer](tokens, pe=pe)
 
@@ -162,26 +164,26 @@ def test_norms_and_r_are_those_of_the_equations(method: str) -> None:
 def test_a_place_that_is_switched_off_is_compared_with_the_raw_pe() -> None:
     model = build("ViT", "mpvg", depth=3)
     image = one(model)
-    on, off = (ask(model, image, Changes(factors={"1": factor})).places[1] for factor in (1, 0))
+    on, off = (predict(model, image, Changes(factors={"1": factor})).places[1] for factor in (1, 0))
     assert (on.delivered, off.delivered) == (True, False)
     assert on.r != off.r
-    small = ask(model, image, Changes(factors={"1": 0.25})).places[1]
+    small = predict(model, image, Changes(factors={"1": 0.25})).places[1]
     assert small.r == pytest.approx(on.r)  # r does not see a factor above 0, at the place itself
 
 
 @pytest.mark.parametrize("family", ["CeiT", "Swin"])
 def test_what_a_network_does_not_have_is_left_out(family: str) -> None:
     model = build(family)
-    answer = ask(model, one(model))
-    assert len(answer.places) == len(model.blocks) + (family == "Swin")
-    assert (answer.norms_after is None) == (family == "CeiT")
+    output = predict(model, one(model))
+    assert len(output.places) == len(model.blocks) + (family == "Swin")
+    assert (output.norms_after is None) == (family == "CeiT")
 
 
 def test_a_timm_network_that_normalizes_the_mean_has_no_last_ln_on_tokens() -> None:
     model = build("timm", "pvg", readout="keep", global_pool="avg")
-    answer = ask(model, one(model))
-    assert [place.name for place in answer.places] == ["0", "1"]
-    assert answer.norms_after is None
+    output = predict(model, one(model))
+    assert [place.name for place in output.places] == ["0", "1"]
+    assert output.norms_after is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_a_timm_network_that_normalizes_the_mean_has_no_last_ln_on_tokens() -> N
 def test_changes_that_cannot_be_are_refused(changes: Changes, reason: str) -> None:
     model = build("ViT")
     with pytest.raises(ValueError, match=reason):
-        ask(model, one(model), changes)
+        predict(model, one(model), changes)
     assert model.probe is None
     assert "deliver" not in vars(model)
 
@@ -209,13 +211,13 @@ def test_a_network_without_any_pe_to_deliver_says_so() -> None:
     model = build("ViT", "gap")
     assert list(receiving(model)) == [INPUT]
     with pytest.raises(ValueError, match=r"'1' receives no PE; allowed: none, because the method delivers no PE"):
-        ask(model, one(model), Changes(exchanged=("1", LAST)))
+        predict(model, one(model), Changes(exchanged=("1", LAST)))
 
 
 def test_pes_of_different_shapes_are_not_exchanged() -> None:
     model = build("Swin")
     with pytest.raises(ValueError, match="have the shapes"):
-        ask(model, one(model), Changes(exchanged=("0", "1")))
+        predict(model, one(model), Changes(exchanged=("0", "1")))
 
 
 def test_folded_networks_and_others_are_refused() -> None:
@@ -253,7 +255,7 @@ def test_an_upload_is_answered_as_the_predictor_does(explored: ExploredRun, tmp_
     selected = explored.read(tmp_path / "a.png")
     assert (selected.name, selected.target) == ("a.png", None)
     (expected,) = Predictor(explored.run, checkpoint="last").predict(tmp_path / "a.png")
-    found = explored.ask(selected.input).probabilities
+    found = explored.predict(selected.input).probabilities
     best, place = found.topk(5)
     names = [explored.run.info.class_names[number] for number in place.tolist()]
     assert tuple(zip(names, best.tolist(), strict=True)) == expected.classes  # type: ignore[attr-defined]

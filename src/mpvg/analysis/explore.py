@@ -59,7 +59,7 @@ class PlaceState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Output:
     """What a network says about one image, and what happens inside."""
 
     image: Tensor
@@ -118,7 +118,9 @@ class ExploredRun:
         self._validation: Batches[Any] | None = None
         self._open_validation()
         info = run.info
-        self.ask(torch.zeros(info.in_chans, info.img_size, info.img_size))  # a network that fails says so before a page
+        self.predict(
+            torch.zeros(info.in_chans, info.img_size, info.img_size)
+        )  # a network that fails says so before a page
 
     def _open_validation(self) -> None:
         """Opens the validation set without worker processes: single images are read from it."""
@@ -165,9 +167,9 @@ class ExploredRun:
             reason = f"{type(error).__name__}: {error}".replace(str(file), "the file")
             raise ValueError(f"the image cannot be read ({reason}); give an image file, such as a PNG") from error
 
-    def ask(self, image: Tensor, changes: Changes | None = None) -> Answer:
-        """Sends one prepared image through the network; arguments and errors as `ask`."""
-        return ask(self.model, image.to(self.device), changes)
+    def predict(self, image: Tensor, changes: Changes | None = None) -> Output:
+        """Sends one prepared image through the network; arguments and errors as `predict`."""
+        return predict(self.model, image.to(self.device), changes)
 
 
 def receiving(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -190,7 +192,7 @@ def receiving(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @torch.inference_mode()
-def ask(model: nn.Module, image: Tensor, changes: Changes | None = None) -> Answer:
+def predict(model: nn.Module, image: Tensor, changes: Changes | None = None) -> Output:
     """Sends one image through a network and records what its probe receives.
 
     Args:
@@ -216,7 +218,7 @@ def ask(model: nn.Module, image: Tensor, changes: Changes | None = None) -> Answ
         network.probe = None
     if not logits.isfinite().all():
         raise ValueError("the outputs of the network contain NaN or infinite values; use smaller factors")
-    return Answer(image=moved[0].cpu(), logits=logits.cpu(), places=recorder.places, norms_after=recorder.norms_after)
+    return Output(image=moved[0].cpu(), logits=logits.cpu(), places=recorder.places, norms_after=recorder.norms_after)
 
 
 def apply(delivered: DeliveredPE, changes: Changes) -> DeliveredPE:

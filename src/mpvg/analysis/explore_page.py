@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpvg.analysis.drawing import norm_map, to_rgb
-from mpvg.analysis.explore import Answer, ExploredRun, PlaceState, Selected
+from mpvg.analysis.explore import ExploredRun, Output, PlaceState, Selected
 from mpvg.analysis.page import embedded_rgb
 from mpvg.analysis.probe import LAST
 from mpvg.pages import table
@@ -51,17 +51,17 @@ STYLE = """
 
 
 def problem(text: str) -> str:
-    """HTML of why there is no answer."""
+    """HTML of why there is no output."""
     return f'<div class="explored"><p class="problem" role="alert">{escape(printable(text))}</p></div>'
 
 
-def what_is_said(explored: ExploredRun, selected: Selected, now: Answer, plain: Answer) -> str:
+def what_is_said(explored: ExploredRun, selected: Selected, now: Output, plain: Output) -> str:
     """HTML of the image, the most probable classes and the norms of the tokens.
 
     Args:
         explored: the run.
         selected: its image.
-        now: the answer after the changes.
+        now: the output after the changes.
         plain: that without any.
     """
     names, before = explored.run.info.class_names, plain.probabilities
@@ -88,7 +88,7 @@ def what_is_said(explored: ExploredRun, selected: Selected, now: Answer, plain: 
     )
 
 
-def layer_by_layer(now: Answer, plain: Answer) -> str:
+def layer_by_layer(now: Output, plain: Output) -> str:
     """HTML of r and its two parts at each place; arguments as `what_is_said`."""
     rows = [
         (

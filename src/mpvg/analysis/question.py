@@ -1,4 +1,4 @@
-"""The page that answers one question about a network: a sentence, tables, and what they were made with."""
+"""The page for one question about a network: a sentence, tables, and what they were made with."""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,7 +11,7 @@ from mpvg.runs.environment import made_with
 TEMPLATE = Path(__file__).with_name("question.html")
 
 
-def write_question(path: Path, *, title: str, about: str, body: str, answer: str = "") -> None:
+def write_question(path: Path, *, title: str, about: str, body: str, summary: str = "") -> None:
     """Writes the page, which has everything in it.
 
     Args:
@@ -19,11 +19,11 @@ def write_question(path: Path, *, title: str, about: str, body: str, answer: str
         title: as text.
         about: images and weights, as text.
         body: tables and lists, as HTML.
-        answer: in one sentence, as text; empty: the tables are the answer.
+        summary: in one sentence, as text; empty: the tables alone.
     """
     parts = {
         "title": escape(title),
-        "lead": f"<p>{escape(answer)}</p>" if answer else "",
+        "lead": f"<p>{escape(summary)}</p>" if summary else "",
         "about": escape(about),
         "body": body,
         "made": escape(made_with()),

@@ -46,7 +46,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReadoutComparison:
     """What `mpvg readout` found."""
 
     images: int
@@ -64,9 +64,9 @@ class Answer:
         return {**about, "split": trained.split, **asdict(self), "margin": MARGIN, "environment": environment()}
 
 
-def answer(
+def compare_readouts(
     trained: Trained, wanted: Sequence[str] | None, *, samples: int | None = None, folds: int = FOLDS, seed: int = 0
-) -> Answer:
+) -> ReadoutComparison:
     """Reads a network out in one pass over images and fits a linear probe of each read-out, fold by fold.
 
     Args:
@@ -99,7 +99,7 @@ def answer(
         key=lambda one: -one.accuracy.value,
     )
     compared = compare(scored, len(features.targets))
-    return Answer(len(features.targets), scored, compared, left_out, conclude(scored, compared))
+    return ReadoutComparison(len(features.targets), scored, compared, left_out, conclude(scored, compared))
 
 
 @torch.inference_mode()
@@ -162,7 +162,7 @@ def percent(estimate: Estimate, *, signed: bool = False) -> str:
     return estimate_text(estimate, scale=100, signed=signed)
 
 
-def rows(found: Answer) -> list[list[str]]:
+def rows(found: ReadoutComparison) -> list[list[str]]:
     """The table that `mpvg readout` prints, with its titles."""
     against: Mapping[str, Compared] = {c.second: c for c in found.compared if c.first == found.scored[0].name}
     table = [["read-out", "accuracy, %", "nll", "best minus it, points", "the best is"]]

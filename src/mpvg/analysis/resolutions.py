@@ -263,7 +263,7 @@ def write_page(found: Resolutions, path: Path) -> None:
     write_question(
         path,
         title=f"{found.network} at other image sizes",
-        answer=found.sentence,
+        summary=found.sentence,
         about=f"{found.images:,} images of {found.data}; weights: {found.weights}; 95 % intervals.",
         body=body,
     )

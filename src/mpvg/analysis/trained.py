@@ -1,4 +1,4 @@
-"""A trained network and the data that a question about it is answered on: a timm network, or a run."""
+"""What a question about a trained network needs: a timm network, or a run, and its data."""
 
 from dataclasses import dataclass, replace
 from typing import Any

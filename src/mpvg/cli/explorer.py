@@ -14,7 +14,7 @@ from html import escape
 from types import FrameType
 from typing import Any, NoReturn
 
-from mpvg.analysis.explore import INPUT, Answer, Changes, ExploredRun, Selected
+from mpvg.analysis.explore import INPUT, Changes, ExploredRun, Output, Selected
 from mpvg.analysis.explore_page import STYLE, layer_by_layer, problem, what_is_said
 from mpvg.inference.programs import from_extra
 from mpvg.validation import printable
@@ -30,33 +30,33 @@ _NOTHING = "The method of this run delivers no PE to layers or to the Last LN, s
 
 
 @dataclass
-class _Asked:
-    """A run, and the last image that it was asked about without changes."""
+class _Column:
+    """A run, and the last image that it showed without changes."""
 
     explored: ExploredRun
     name: str
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """A network has one probe, so that it answers one question at a time."""
+    """A network has one probe, so it runs for one request at a time."""
     key: Any = None
     selected: Selected | None = None
-    plain: Answer | None = None
+    plain: Output | None = None
 
-    def answer(self, number: float | None, file: str | None, changes: Changes) -> tuple[str, str]:
+    def update(self, number: float | None, file: str | None, changes: Changes) -> tuple[str, str]:
         """HTML of what the run says, and of its layers."""
         try:
             with self.lock:
                 selected, plain = self._select(number, file)
-                now = plain if changes == Changes() else self.explored.ask(selected.input, changes)
+                now = plain if changes == Changes() else self.explored.predict(selected.input, changes)
             return what_is_said(self.explored, selected, now, plain), layer_by_layer(now, plain)
         except (ValueError, OSError) as error:
             return problem(str(error)), ""
 
-    def _select(self, number: float | None, file: str | None) -> tuple[Selected, Answer]:
+    def _select(self, number: float | None, file: str | None) -> tuple[Selected, Output]:
         key = file or number
         if key is None or key != self.key or self.selected is None or self.plain is None:
             self.key = None
             self.selected = self._read(number, file)
-            self.plain = self.explored.ask(self.selected.input)
+            self.plain = self.explored.predict(self.selected.input)
             self.key = key
         return self.selected, self.plain
 
@@ -94,7 +94,7 @@ def build(explored: Sequence[ExploredRun], names: Sequence[str]) -> Any:
         with gr.Row():
             for one, name in zip(explored, names, strict=True):
                 with gr.Column(min_width=320):
-                    _column(_Asked(one, name), shared, page)
+                    _column(_Column(one, name), shared, page)
     return page
 
 
@@ -105,15 +105,15 @@ def _notes(explored: Sequence[ExploredRun]) -> str:
     return "".join(f"<p>{note}</p>" for note in notes)
 
 
-def _column(asked: _Asked, shared: Sequence[Any], page: Any) -> None:
-    """The controls and the answers of one run."""
+def _column(column: _Column, shared: Sequence[Any], page: Any) -> None:
+    """The controls and the outputs of one run."""
     import gradio as gr
 
-    places = list(asked.explored.shapes)
+    places = list(column.explored.shapes)
     delivered = [place for place in places if place != INPUT]
-    gr.HTML(f'<div class="explored"><h2>{escape(printable(asked.name))}</h2></div>')
+    gr.HTML(f'<div class="explored"><h2>{escape(printable(column.name))}</h2></div>')
     said = gr.HTML()
-    with gr.Accordion(f"What the layers of {printable(asked.name)} receive", open=True):
+    with gr.Accordion(f"What the layers of {printable(column.name)} receive", open=True):
         if not delivered:
             gr.HTML(f'<div class="explored"><p>{_NOTHING}</p></div>')
         on = gr.CheckboxGroup([_label(p) for p in places], value=[_label(p) for p in places], label="Receives its PE")
@@ -138,12 +138,12 @@ def _column(asked: _Asked, shared: Sequence[Any], page: Any) -> None:
         exchanged = (one, other) if one and other and one != other else None
         return Changes(right=int(right), down=int(down), factors=changed, exchanged=exchanged)
 
-    def answer(number: float | None, file: str | None, *values: Any) -> tuple[str, str]:
-        return asked.answer(number, file, changes(*values))
+    def update(number: float | None, file: str | None, *values: Any) -> tuple[str, str]:
+        return column.update(number, file, changes(*values))
 
     gr.on(
         [page.load, *(control.change for control in (*shared, *controls))],
-        answer,
+        update,
         [*shared, *controls],
         [said, inside],
         show_progress="hidden",

@@ -33,7 +33,9 @@ def readout(arguments: list[str]) -> int:
 
     with memory_errors(evaluation_cure("fewer --samples")):
         trained = open_trained(given, None if run else given.model, run, data)
-        found = question.answer(trained, given.readouts, samples=given.samples, folds=given.folds, seed=given.seed)
+        found = question.compare_readouts(
+            trained, given.readouts, samples=given.samples, folds=given.folds, seed=given.seed
+        )
     kind = "training" if trained.split == "train" else "validation"
     say(
         f"{trained.name}, weights {trained.weights}",
