@@ -22,6 +22,8 @@ from mpvg.study.results import SettingResult, StudyResults, collect
 from mpvg.study.tables import describe_result, render, write_results
 from mpvg.validation import build, check_choices, parse_yaml
 
+NOT_BY_THE_PAPER = "Not discussed."
+"""What a claim says of the paper if it is a question of this project."""
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -165,29 +167,35 @@ def claims_page(studies: Sequence[StudyResults]) -> str:
         if not pairs:
             lines += ["**Evidence here.** Not tested by a study.", ""]
         else:
-            lines += ["**Evidence here.**", "", "| study | question | difference (95 %) | seeds | verdict |"]
-            lines += ["|---|---|---|---:|---|", *(row for pair in pairs for row in _rows(*pair)), ""]
+            lines += [
+                "**Evidence here.**",
+                "",
+                "| study | question | expected | difference (95 %) | margin | seeds | verdict |",
+            ]
+            lines += ["|---|---|---|---|---:|---:|---|", *(row for pair in pairs for row in _rows(*pair)), ""]
         lines += [f"**To decide it on the real data.** {claim.cost or claim.decide}", ""]
     return "\n".join([*lines, *paper_as_data()]).rstrip() + "\n"
 
 
 def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
     if not findings:
-        return [f"| {evidence.study} | {evidence.contrast} | - | - | not tested here |"]
+        return [f"| {evidence.study} | {evidence.contrast} | {evidence.expects} | - | - | - | not tested here |"]
     rows = []
     for found in findings:
         study = found.results.study.name
         place = f"[{study}](../results/{study}-{found.results.scale}/table.md), {found.setting.label}"
         formula, difference = describe_result(found.results, found.result)
         title = found.results.metrics[found.result.metric].title
-        rows.append(f"| {place} | {formula} | {title} {difference} | {found.result.seeds} | {found.verdict} |")
+        margin, seeds = f"{found.result.margin:g}", found.result.seeds
+        values = f"{evidence.expects} | {title} {difference} | {margin} | {seeds} | {found.verdict}"
+        rows.append(f"| {place} | {formula} | {values} |")
     return rows
 
 
 def results_section(studies: Sequence[StudyResults]) -> str:
     """The README's table of verdicts: a row for each claim, with the contrast that has the most seeds."""
     lines = [
-        "| claim | contrasts | the one with the most seeds: difference (95 %) | its verdict |",
+        "| claim (ours: not of the paper) | contrasts | the one with the most seeds: difference (95 %) | verdict |",
         "|---|---|---|---|",
     ]
     untested = []
@@ -202,7 +210,8 @@ def results_section(studies: Sequence[StudyResults]) -> str:
         formula, difference = describe_result(most.results, most.result)
         title = most.results.metrics[most.result.metric].title
         scale = f"{most.results.scale}, {most.setting.label}, {most.result.seeds} seeds"
-        lines.append(f"| {claim.claim} | {verdicts} | {scale}: {formula}: {title} {difference} | {most.verdict} |")
+        name = claim.claim + (" (ours)" if claim.paper == NOT_BY_THE_PAPER else "")
+        lines.append(f"| {name} | {verdicts} | {scale}: {formula}: {title} {difference} | {most.verdict} |")
     if untested:
         lines += ["", f"Not tested here yet: {'; '.join(untested)}."]
     return "\n".join(lines)
