@@ -1,6 +1,6 @@
 """A page that names what is in an image, with a trained run or an export: Gradio around `mpvg.Predictor`.
 
-pip install 'mpvg[app]'
+pip install '.[app]'
 python gradio_app.py RUN
 
 The page is for this machine alone: see docs/inference.md before you show it to others.

@@ -1,6 +1,7 @@
 """Claims: verdicts follow from words, and what is generated is what stands in the repository."""
 
 import filecmp
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,19 @@ def test_a_claim_is_added_by_adding_data() -> None:
 def test_the_runs_that_would_decide_are_computed() -> None:
     """37 seeds for a difference at 1.25 %, and 28 for its absence."""
     cost = Cost(where="D", spread=0.25, points=0.2, arms=3, contrasts=4)
-    assert str(cost).startswith("D, if the spread over seeds is 0.25 points: 37 seeds of each of 3 arms, 111 runs,")
+    said = "D, if the spread over seeds is 0.25 points, an assumption: 37 seeds of each of 3 arms, 111 runs,"
+    assert str(cost).startswith(said)
+    assert "public" not in str(cost)
     for claim in read_claims():
         assert (claim.cost is None) == bool(claim.decide), claim.claim
+
+
+def test_no_fewer_seeds_are_asked_for_than_a_permutation_test_can_decide_with() -> None:
+    """3 would have the power of a t test, but their smallest p is 0.1; public runs of DeiT-Ti spread by 0.31."""
+    cost = Cost(where="DeiT-Ti on D", spread=0.05, points=0.77, arms=2, contrasts=1)
+    assert ": 4 seeds of each of 2 arms, 8 runs," in str(cost)
+    assert ": 5 seeds of each of 2 arms, 10 runs," in str(replace(cost, contrasts=5))
+    assert str(replace(cost, points=0.34)).endswith("With the 0.31 of 5 public runs: 16 seeds of each arm.")
 
 
 def test_the_papers_tables_as_data() -> None:

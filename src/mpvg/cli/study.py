@@ -37,7 +37,11 @@ def study(arguments: list[str]) -> int:
         "study", nargs="?", help="a ready study, or a YAML file; without it, the ready studies are listed"
     )
     parser.add_argument("--out", help="folder of the study (default: studies/<study>-<scale>)")
-    parser.add_argument("--scale", help="tiny: digits, minutes; small: hours; paper: GPUs (default: the first it has)")
+    parser.add_argument(
+        "--scale",
+        help="tiny: digits, or scenes and grids of them, minutes to some hours on two cores; small: hours; paper: "
+        "GPUs; --dry_run says how long (default: the first it has)",
+    )
     parser.add_argument("--seeds", type=positive, help="repetitions of each arm (default: the study's)")
     parser.add_argument("--data", help="data in place of every setting's own")
     parser.add_argument(

@@ -179,12 +179,17 @@ def _check_convertible(model: Any) -> None:
         rotary = re.search("rope|rotary", names, re.IGNORECASE)
         relative = re.search("rel_?pos|relative_position", names, re.IGNORECASE)
         only = "rotary" if rotary else "relative" if relative else None
+        if only is None and not isinstance(model, VisionTransformer):
+            raise ValueError(_not_timms(name, model))
         found = f"its PE is {only}, inside the attention" if only else "it has no absolute PE (pos_embed)"
         raise ValueError(f"{name} cannot be converted: {found}, and only an absolute PE can be delivered to layers")
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(_not_timms(name, model))
     if type(model) is not VisionTransformer:
         raise ValueError(
-            f"{name} cannot be converted: {type(model).__name__} has a forward pass of its own; "
-            "allowed: timm's VisionTransformer itself, such as ViT, DeiT, DeiT-III, CLIP, SigLIP, DINOv2"
+            f"{name} cannot be converted: {type(model).__name__} is a subclass of timm's VisionTransformer, whose "
+            "forward pass may differ; build timm's VisionTransformer itself, or change the class to a DeliveryMixin "
+            "(docs/own.md)"
         )
     other = {type(block).__name__ for block in model.blocks if type(block) is not Block}
     if other:
@@ -192,6 +197,14 @@ def _check_convertible(model: Any) -> None:
             f"{name} cannot be converted: its blocks are {', '.join(sorted(other))}, and only timm's Block has one "
             "attention input after one LN, to which a PE can be added"
         )
+
+
+def _not_timms(name: str, model: Any) -> str:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    return (
+        f"{name} cannot be converted: convert takes timm's VisionTransformer, such as ViT, DeiT, DeiT-III, CLIP, "
+        f"SigLIP or DINOv2, and this is {kind}; change its class to a DeliveryMixin (docs/own.md)"
+    )
 
 
 def _with_kept_readout(spec: DeliverySpec, model: Any) -> DeliverySpec:
