@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def train(processes: int, options: dict[str, Any], images: Path, out: Path) -> float:
-    """Trains a run to its end; returns its images a second behind the first epoch."""
+    """Trains a run to its end; returns its images a second after the first epoch."""
     launcher = torchrun(processes) if processes > 1 else [sys.executable, "-m", "mpvg"]
     given = options | {"loader.root": images, "out": out}
     command = [*launcher, "train", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]

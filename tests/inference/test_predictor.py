@@ -195,6 +195,20 @@ def test_an_export_gives_the_predictions_of_its_run(kind: str, run: Path, tmp_pa
             assert all(abs(a[1] - b[1]) < 1e-5 for a, b in pairs)
 
 
+def test_an_export_with_other_classes_than_its_network_is_refused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    export_run(load(run), out, "onnx", which="best")
+    values = json.loads((out / "preprocess.json").read_text())
+    (out / "preprocess.json").write_text(json.dumps(values | {"class_names": ["a", "b"]}))
+    with pytest.raises(ValueError, match=r"allowed: logits \(1, 2\)"):
+        Predictor(out).predict(np.zeros((8, 8), np.uint8))
+
+
+def test_a_stream_of_one_image_is_one_prediction(run: Path, photos: Path) -> None:
+    (found,) = Predictor(run).stream(str(photos / "2.png"))
+    assert found.error is None
+
+
 # ---- threads
 
 

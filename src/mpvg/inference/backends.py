@@ -11,6 +11,7 @@ from mpvg import runs
 from mpvg.data.images import Orientation
 from mpvg.inference.loading import Exported, load_export
 from mpvg.inference.preprocessing import FILE, preprocess_from
+from mpvg.models.network import check_logits
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.tasks import Prediction, Ranking, Task
@@ -77,7 +78,9 @@ class RunBackend:
         images = images.to(self.device)
         if top is None:
             return self.task.predict(self._model, images)
-        return _ranking(self.task, self.run.config.task).rank(self._model(images), top)
+        ranking, logits = _ranking(self.task, self.run.config.task), self._model(images)
+        check_logits(logits, len(images), len(self.run.info.class_names))
+        return ranking.rank(logits, top)
 
 
 class ExportBackend:
@@ -101,7 +104,9 @@ class ExportBackend:
 
     def predict(self, images: Tensor, top: int | None) -> list[Prediction]:
         """See `Backend.predict`."""
-        return list(top_classes(self.exported(images), self._class_names, TOP if top is None else top))
+        logits = self.exported(images)
+        check_logits(logits, len(images), len(self._class_names))
+        return list(top_classes(logits, self._class_names, TOP if top is None else top))
 
 
 def _ranking(task: Task[Any], name: str) -> Ranking:

@@ -101,14 +101,14 @@ class Predictor:
             ValueError: an image cannot be read, or an array is of a kind whose values have no known meaning.
         """
         found = []
-        for outcome in self.stream(_each(images)):
+        for outcome in self.stream(images):
             if outcome.error is not None:
                 raise outcome.error
             assert outcome.prediction is not None
             found.append(outcome.prediction)
         return found
 
-    def stream(self, images: Iterable[Picture], *, keep: bool = False) -> Generator[Outcome, None, None]:
+    def stream(self, images: Picture | Iterable[Picture], *, keep: bool = False) -> Generator[Outcome, None, None]:
         """The same for any number of images, one after another, in memory that does not grow with their number.
 
         Images are read ahead in threads, so that decoding overlaps the network's work.
@@ -123,7 +123,7 @@ class Predictor:
         readers = min(_MAX_READERS, count_cores())
         with ThreadPoolExecutor(readers, "mpvg-reader") as pool:
             waiting: deque[Future[_Prepared]] = deque()
-            source, number = iter(images), 0
+            source, number = iter(_each(images)), 0
             try:
                 while True:
                     # Another batch is read while the first one goes through the network.

@@ -5,7 +5,7 @@ computes `(pixels / 255 - mean) / std`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mpvg.data.transforms import ToRGB
 from mpvg.data.types import Preprocess
 from mpvg.files import read_regular
 from mpvg.runs import Run
+from mpvg.runs.reading import MAX_IMG_SIZE
 from mpvg.validation import parse_json, shown
 
 FILE = "preprocess.json"
@@ -138,14 +139,36 @@ def _check(values: Any, file: Path) -> None:
     for name, kind in _NEEDED.items():
         if not isinstance(values.get(name), kind):
             raise ValueError(f"{file}: {name} is {shown(values.get(name))}; {again}")
-    channels, height, width = (values[name] for name in ("channels", "height", "width"))
-    if min(channels, height, width) < 1 or not all(len(values[name]) == channels for name in ("mean", "std")):
-        raise ValueError(f"{file}: sizes, mean and std do not fit one another; {again}")
-    pixels = values.get("mean_image")
-    if pixels is not None and (not isinstance(pixels, list) or len(pixels) != math.prod((channels, height, width))):
-        raise ValueError(f"{file}: mean_image has another size than the images; {again}")
     if "/" in values["file"] or values["file"].startswith("."):
         raise ValueError(f"{file}: file is {shown(values['file'])}; allowed: the name of a file beside it; {again}")
+    if problem := _problem(values):
+        raise ValueError(f"{file}: {problem}; {again}")
+
+
+def _problem(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with values of the right types, in words."""
+    channels, height, width = (values[name] for name in ("channels", "height", "width"))
+    if min(channels, height, width) < 1 or not all(len(values[name]) == channels for name in ("mean", "std")):
+        return "sizes, mean and std do not fit one another"
+    for name, allowed in _allowed(values).items():
+        if type(values.get(name)) not in (int, str) or values[name] not in allowed:
+            return f"{name} is {shown(values.get(name))}"
+    pixels = values.get("mean_image")
+    if pixels is not None and (not isinstance(pixels, list) or len(pixels) != math.prod((channels, height, width))):
+        return "mean_image has another size than the images"
+    numbers = [*values["mean"], *values["std"], *(pixels or [])]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or min(values["std"]) <= 0:
+        return "mean, std and mean_image must be finite numbers, and std more than 0"
+    return None if all(isinstance(name, str) for name in values["class_names"]) else "class_names must be texts"
+
+
+def _allowed(values: Mapping[str, Any]) -> dict[str, Container[Any]]:
+    """What single values may be."""
+    sides = range(1, MAX_IMG_SIZE + 1)
+    crop = {"crop": sides} if values["resize"] == "shorter side" else {}
+    interpolations = [mode.value for mode in transforms.InterpolationMode]
+    allowed = {"resize": ("square", "shorter side"), "interpolation": interpolations}
+    return {**allowed, "height": sides, "width": sides, "resize_to": sides, **crop}
 
 
 def preprocess_from(values: Mapping[str, Any]) -> Preprocess:

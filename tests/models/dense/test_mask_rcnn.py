@@ -328,3 +328,14 @@ def test_a_file_of_other_classes_is_refused(detector: MaskRCNN, tmp_path: Path) 
     save_file(official_names(larger.state_dict()), file)
     with pytest.raises(ValueError, match=r"does not fit: roi_head\.bbox_head\.fc_cls\.bias is \(5,\)"):
         load_official(detector, file, OFFICIAL)
+    save_file({name: value.contiguous() for name, value in larger.state_dict().items()}, file)
+    with pytest.raises(ValueError, match=r"does not fit: roi_heads\.box_predictor\.bbox_pred\.bias is \(20,\), the"):
+        load_complete(MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32), file)
+    with pytest.raises(
+        ValueError, match=r"does not fit: backbone\.body\.vit\.delivery\.layer_norms\.1\.bias is missing"
+    ):
+        load_complete(detector, file)
+    largest = MaskRCNN(body, 80, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50)
+    save_file(official_names(largest.state_dict()), file)  # it has more rows than ours have with the background
+    with pytest.raises(ValueError, match=r"does not fit: roi_head\.bbox_head\.fc_cls\.bias is \(81,\)"):
+        load_official(detector, file, OFFICIAL)

@@ -30,6 +30,8 @@ def _background_first(given: Tensor, own: Tensor) -> Tensor:
 
 def _with_background(given: Tensor, own: Tensor) -> Tensor:
     """Rows of the classes, with rows of 0 for a background before them, which nothing reads."""
+    if len(given) >= len(own):
+        return given  # of more classes, which is refused where shapes are compared
     return torch.cat([given.new_zeros((len(own) - len(given), *given.shape[1:])), given])
 
 

@@ -132,7 +132,18 @@ def load_complete(network: nn.Module, path: str | Path) -> LoadReport:
     if parts and not names <= network.state_dict().keys():
         return load_official(network, path, parts)
     if parts:  # a dense network of this package
-        network.load_state_dict(read_tensors(path))
+        state, wanted = read_tensors(path), network.state_dict()
+        problems = [f"{name} is missing" for name in wanted.keys() - names]
+        problems += [
+            f"{name} is {tuple(tensor.shape)}, the network's is {tuple(wanted[name].shape)}"
+            for name, tensor in state.items()
+            if tensor.shape != wanted[name].shape
+        ]
+        if problems:
+            raise ValueError(
+                f"{path} does not fit: {shown(sorted(problems))}. Give the --recipe, --method and --data that it is of"
+            )
+        network.load_state_dict(state)
         return LoadReport(path=Path(path), source="mpvg", taken=list(names))
     report = load_checkpoint(network, path)
     if new := [name for name in report.new if not re.search(r"(^|\.)delivery\.", name)]:

@@ -152,7 +152,7 @@ def resized(logits: Tensor, size: Any) -> Tensor:
 
 
 class _Classifier(nn.Conv2d):
-    """A 1 x 1 convolution behind a dropout of whole channels; its tensors have the names of a plain one's."""
+    """A 1 x 1 convolution after a dropout of whole channels; its tensors have the names of a plain one's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(F.dropout2d(input, DROPOUT, self.training))
