@@ -97,6 +97,12 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(run: Path, tmp_path: Pat
     assert weight_files(killed) == weight_files(run)
 
 
+def test_the_next_commands_name_the_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "--epochs", "1", "--model", MODEL, "--out", str(tmp_path / "run")]) == 0
+    (line,) = re.findall(r"  mpvg (evaluate .*?)   ", capsys.readouterr().out)
+    assert main(line.split()) == 0
+
+
 def test_evaluate_needs_the_flag(run: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     said = refused("evaluate", run)
     assert said.startswith(f"the network {MODEL} is code")

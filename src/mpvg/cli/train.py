@@ -178,10 +178,11 @@ def _print_summary(config: RunConfig, summary: Mapping[str, Any], path: str) -> 
             "Expect clearly less than from a complete one; methods cannot be compared on it."
         )
     run = shlex.quote(path)
+    own = f" --model {shlex.quote(config.model)}" if is_reference(config.model) else ""
     say(
         "next:",
-        f"  mpvg evaluate {run}          scores it again, beside its best epoch",
-        f"  mpvg predict {run} IMAGE     names what is in images",
-        f"  mpvg analyze {run}           shows what the PE does in it: report.html",
+        f"  mpvg evaluate {run}{own}          scores it again, beside its best epoch",
+        f"  mpvg predict {run} IMAGE{own}     names what is in images",
+        f"  mpvg analyze {run}{own}           shows what the PE does in it: report.html",
         f"  mpvg plot {run}              draws its curve; give several runs to compare them",
     )
