@@ -131,6 +131,19 @@ def atomic_write(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def check_output(out: Path) -> None:
+    """Refuses a folder for output that holds something already.
+
+    Raises:
+        FileExistsError: it does, or it is a file.
+        FileNotFoundError: the folder that it would be in is missing.
+    """
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise FileExistsError(f"--out {out} exists and is not an empty folder; give another name")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder under a temporary name, which gets its own when all went well, and is removed otherwise.

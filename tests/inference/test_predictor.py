@@ -293,7 +293,9 @@ def test_outputs_that_exist_are_refused(run: Path, photos: Path, capsys: pytest.
         said = refused(capsys, "predict", run, image, f"--{kind}", photos / "none/x")
         assert f"there is no folder {photos / 'none'}" in said
     assert taken.read_text() == "no picture"
-    assert "is not empty; give another folder" in refused(capsys, "predict", run, image, "--out", photos)
+    assert "is not an empty folder; give another name" in refused(capsys, "predict", run, image, "--out", photos)
+    assert f"there is no folder {photos / 'none'}" in refused(capsys, "predict", run, image, "--out", photos / "none/x")
+    assert not (photos / "none").exists()
     assert "- is given for two formats" in refused(capsys, "predict", run, image, "--json", "-", "--csv", "-")
 
 

@@ -29,7 +29,7 @@ def evaluate(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     out = None if given.out is None else Path(given.out)
     if out is not None:
-        from mpvg.inference.mistakes import check_output
+        from mpvg.files import check_output
 
         check_output(out)
     if given.recipe is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpvg.cli.arguments import complain, positive, run_parser, say
 from mpvg.cli.own import add_model, use_models_of_runs
+from mpvg.files import check_output
 
 if TYPE_CHECKING:
     from mpvg.inference.backends import Backend
@@ -32,7 +33,7 @@ def predict(arguments: list[str]) -> int:
     records = open_records({kind: getattr(given, kind) for kind in FORMATS})
     images = find_images(given.images)
     if given.out is not None:
-        _check_folder(Path(given.out))
+        check_output(Path(given.out))
         check_names(images)
     use_models_of_runs(given.model, [given.run])
     backend = open_backend(given.run, given.checkpoint, ema=given.ema)
@@ -73,12 +74,6 @@ def _say_weights(given: argparse.Namespace, backend: "Backend") -> None:
 
     if isinstance(backend, RunBackend):
         _tell(given, f"{given.run}: {weights_text(backend.run, given.checkpoint, ema=given.ema)}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"--out {folder} exists and is not empty; give another folder")
 
 
 def _consume(

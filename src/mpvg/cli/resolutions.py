@@ -14,8 +14,7 @@ def resolutions(arguments: list[str]) -> int:
     from mpvg import runs
     from mpvg.analysis import resolutions as question
     from mpvg.analysis.trained import check_classification
-    from mpvg.files import whole_folder, write_json
-    from mpvg.inference.mistakes import check_output
+    from mpvg.files import check_output, whole_folder, write_json
     from mpvg.runs.checkpoints import describe_weights
     from mpvg.runs.memory import evaluation_cure, memory_errors
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from mpvg.data.types import Batches, NamedSamples
-from mpvg.files import atomic_text, atomic_write, csv_text, whole_folder, write_json
+from mpvg.files import atomic_text, atomic_write, check_output, csv_text, whole_folder, write_json
 from mpvg.pages import embedded, figure, fill, table
 from mpvg.runs.environment import environment, made_with
 from mpvg.tasks import Review, Reviewing, Task
@@ -26,19 +26,6 @@ from mpvg.tasks.review import Cell, Chart, Example, Table
 TEMPLATE = Path(__file__).with_name("mistakes.html")
 PAGE = "mistakes.html"
 _WIDE = 1.3  # aspect ratio from which on an example takes more than a narrow column
-
-
-def check_output(out: Path) -> None:
-    """Refuses a folder that holds something already.
-
-    Raises:
-        FileExistsError: it does, or it is a file.
-        FileNotFoundError: the folder that it would be in is missing.
-    """
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise FileExistsError(f"--out {out} exists and is not an empty folder; give another name")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
 
 
 def reviewing(task: Task[Any], name: str) -> Reviewing:

@@ -52,14 +52,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 @torch.no_grad()
-def broadcast_buffers(network: nn.Module, accelerator: Accelerator) -> None:
+def broadcast_buffers(accelerator: Accelerator, *networks: nn.Module | None) -> None:
     """Gives every process the running statistics of the first one, which are those that are saved.
 
     Each process follows the statistics of its own batches; those of averaged weights are never exchanged otherwise.
     """
     if accelerator.num_processes > 1:
-        for buffer in network.buffers():
-            buffer.copy_(broadcast(buffer))
+        for network in networks:
+            for buffer in () if network is None else network.buffers():
+                buffer.copy_(broadcast(buffer))
 
 
 def bf16_refusal(device: torch.device) -> str | None:

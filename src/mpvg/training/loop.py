@@ -1,8 +1,7 @@
 """The training loop: epochs, steps, accumulation and signals.
 
 All randomness of a step is a function of (seed, epoch, step): the data draw order and augmentation per epoch and
-sample, and the generators behind mixup, dropout and drop path are seeded before each step. A run that is interrupted
-anywhere therefore continues with the same bits, and no generator's state is saved.
+sample, and the generators of mixup, dropout and drop path are seeded before each step. Resumed runs have the same bits.
 """
 
 import contextlib
@@ -270,8 +269,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Ends the epoch: evaluates the model, writes a line of metrics and a checkpoint."""
         progress, ema = self.progress, self.state.ema
-        for network in (self.state.network, *([] if ema is None else [ema.module])):
-            broadcast_buffers(network, self.accelerator)
+        broadcast_buffers(self.accelerator, self.state.network, None if ema is None else ema.module)
         trained = self.task.evaluate(self.model, self.data.val, self.accelerator)
         self._check_metrics(trained)
         averaged = self.task.evaluate(ema.module, self.data.val, self.accelerator) if ema is not None else None
