@@ -289,7 +289,7 @@ def make_cells(
 ) -> list[Cell]:
     """The runs of a study, in the order in which they are best done: every arm has a seed before one has the next.
 
-    Runs on a CPU have one thread, so that their bits do not depend on the number of cores.
+    At every scale but `paper`, runs are on the CPU with one thread, so that their bits do not depend on the cores.
 
     Args:
         study: the study.
