@@ -25,6 +25,7 @@ from mpvg.inference import Predictor, predictor
 from mpvg.inference.backends import RunBackend
 from mpvg.inference.export import export_run
 from mpvg.inference.sources import check_names, find_images
+from mpvg.models.network import OutputError
 from mpvg.runs import load
 from mpvg.tasks import Prediction
 from mpvg.tasks.classification import TopClasses
@@ -202,6 +203,14 @@ def test_an_export_with_other_classes_than_its_network_is_refused(run: Path, tmp
     (out / "preprocess.json").write_text(json.dumps(values | {"class_names": ["a", "b"]}))
     with pytest.raises(ValueError, match=r"allowed: logits \(1, 2\)"):
         Predictor(out).predict(np.zeros((8, 8), np.uint8))
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_a_network_that_gives_no_logits_of_the_runs_classes_is_refused(run: Path, top: int | None) -> None:
+    backend = RunBackend(load(run))
+    backend._model = torch.nn.Flatten()
+    with pytest.raises(OutputError, match=r"1 images give \(1, 64\); allowed: logits \(1, 10\)"):
+        backend.predict(torch.zeros(1, 1, 8, 8), top)
 
 
 def test_a_stream_of_one_image_is_one_prediction(run: Path, photos: Path) -> None:

@@ -5,7 +5,7 @@ computes `(pixels / 255 - mean) / std`.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ FILE = "preprocess.json"
 FORMAT = 1
 """Of the file; a reader refuses a newer one."""
 _MAX_BYTES = 2**26  # a mean image at 1024 pixels has some 30 MB
-_NEEDED: dict[str, type | tuple[type, ...]] = {
+_NEEDED: dict[str, type] = {
     "kind": str,
     "file": str,
     "channels": int,
@@ -138,7 +138,8 @@ def _check(values: Any, file: Path) -> None:
         raise ValueError(f"{file} has format {values['format']}, and this version of mpvg reads 1 to {FORMAT}; update")
     for name, kind in _NEEDED.items():
         if not isinstance(values.get(name), kind):
-            raise ValueError(f"{file}: {name} is {shown(values.get(name))}; {again}")
+            kinds = {str: "a text", int: "a whole number", list: "a list"}
+            raise ValueError(f"{file}: {name} is {shown(values.get(name))}; allowed: {kinds[kind]}; {again}")
     if "/" in values["file"] or values["file"].startswith("."):
         raise ValueError(f"{file}: file is {shown(values['file'])}; allowed: the name of a file beside it; {again}")
     if problem := _problem(values):
@@ -152,7 +153,7 @@ def _problem(values: Mapping[str, Any]) -> str | None:
         return "sizes, mean and std do not fit one another"
     for name, allowed in _allowed(values).items():
         if type(values.get(name)) not in (int, str) or values[name] not in allowed:
-            return f"{name} is {shown(values.get(name))}"
+            return f"{name} is {shown(values.get(name))}; allowed: {_in_words(allowed)}"
     pixels = values.get("mean_image")
     if pixels is not None and (not isinstance(pixels, list) or len(pixels) != math.prod((channels, height, width))):
         return "mean_image has another size than the images"
@@ -162,7 +163,11 @@ def _problem(values: Mapping[str, Any]) -> str | None:
     return None if all(isinstance(name, str) for name in values["class_names"]) else "class_names must be texts"
 
 
-def _allowed(values: Mapping[str, Any]) -> dict[str, Container[Any]]:
+def _in_words(allowed: Sequence[Any]) -> str:
+    return f"{allowed[0]} to {allowed[-1]}" if isinstance(allowed, range) else ", ".join(allowed)
+
+
+def _allowed(values: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """What single values may be."""
     sides = range(1, MAX_IMG_SIZE + 1)
     crop = {"crop": sides} if values["resize"] == "shorter side" else {}
