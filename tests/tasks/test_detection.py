@@ -33,7 +33,7 @@ from mpvg.models.dense.regions import mask_targets
 from mpvg.recipes import recipe
 from mpvg.runs import load
 from mpvg.tasks import create_task
-from mpvg.tasks.coco_metrics import average_precision, dataset, truth_record
+from mpvg.tasks.coco_metrics import AveragePrecision, average_precision, dataset, truth_record
 from mpvg.tasks.detection import DetectionOptions, DetectionTask
 from mpvg.tasks.detections import Detections
 from mpvg.training.loop import Trainer
@@ -126,7 +126,7 @@ def as_found(truth: ImageAnnotations, boxes: Tensor | None = None, scores: Tenso
 def test_true_boxes_and_masks_have_an_average_precision_of_one(data: Data) -> None:
     all_truths = truths(data)
     results = [one for truth in all_truths for one in as_found(truth).to_coco(truth.image_id)]
-    found = average_precision([truth_record(truth, IDS) for truth in all_truths], results, IDS)
+    found = average_precision([truth_record(truth, IDS) for truth in all_truths], results, IDS).metrics
     assert list(found) == list(DetectionTask.metrics)
     assert min(found.values()) >= 0.99
 
@@ -144,7 +144,7 @@ def test_the_metrics_are_those_of_pycocotools_with_crowds(data: Data) -> None:
         moved = as_found(truth, boxes + torch.randn(boxes.shape) * 3, torch.rand(len(boxes)))
         results += moved.to_coco(truth.image_id) + as_found(truth).to_coco(truth.image_id)[:2]
     records = [truth_record(truth, IDS) for truth in all_truths]
-    found = average_precision(records, results, IDS)
+    found = average_precision(records, results, IDS).metrics
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO()
         reference.dataset = dataset(records, IDS)
@@ -162,7 +162,7 @@ def test_the_metrics_are_those_of_pycocotools_with_crowds(data: Data) -> None:
 
 def test_nothing_found_is_zero_and_nothing_annotated_is_refused(data: Data) -> None:
     records = [truth_record(truth, IDS) for truth in truths(data)]
-    assert set(average_precision(records, [], IDS).values()) == {0.0}
+    assert set(average_precision(records, [], IDS).metrics.values()) == {0.0}
     empty = [record | {"annotations": []} for record in records]
     with pytest.raises(ValueError, match="no object is annotated in the validation images; give a validation set with"):
         average_precision(empty, [], IDS)
@@ -219,9 +219,9 @@ def test_results_do_not_depend_on_batch_mates(
 ) -> None:
     seen: list[Any] = []
 
-    def note(*given: Any) -> dict[str, float]:
+    def note(*given: Any) -> AveragePrecision:
         seen.append(given)
-        return {}
+        return AveragePrecision({}, {}, [])
 
     monkeypatch.setattr("mpvg.tasks.detection.average_precision", note)
     samples = [sample((50, 60), 1), sample((64, 96), 2), sample((90, 33), 3)]

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -21,9 +20,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from children import shrink_canvas, start_on_small_canvas
 from mpvg.cli.main import main
 from mpvg.config import AugmentConfig, LoaderConfig, NetworkConfig, RunConfig
-from mpvg.data import DataInfo, Shard, named_sets, open_data
+from mpvg.data import DataInfo, Shard, open_data
 from mpvg.data.label_maps import LabelBatch
 from mpvg.models.dense.upernet import PixelLogits
 from mpvg.recipes import recipe
@@ -320,12 +320,13 @@ def test_a_prediction_is_a_map_with_shares_and_a_png() -> None:
 # ---- runs
 
 
+SCENES = 10
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """`train` on few scenes: 3 epochs of 4 steps, where a pass over the data has 5."""
-    monkeypatch.setattr("mpvg.data.canvas.SCENES", {"train": 10, "val": 5})
-    monkeypatch.setattr("mpvg.data.named_sets.TILES", {"train": 64, "val": 16})
-    monkeypatch.setattr(named_sets, "CACHE", tmp_path / "cache")
+    shrink_canvas(monkeypatch, tmp_path / "cache", SCENES)
     options = {
         "recipe": "canvas_segmentation",
         "task_options": json.dumps(recipe("canvas_segmentation").task_options | {"short_side": 64, "crop": 64}),
@@ -351,8 +352,7 @@ def left_by(run: Path) -> dict[str, Any]:
 
 def killed_at(step: int, arguments: list[str], run: Path) -> None:
     """Runs a command in another process, and kills that once a step is saved."""
-    child = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))
-    child.start()
+    child = start_on_small_canvas(arguments, run.parent / "cache", SCENES)
     deadline = time.monotonic() + 60
     while not any(int(name.name[5:]) >= step for name in (run / "checkpoints").glob("step-*")):
         assert child.is_alive(), "it ended by itself"

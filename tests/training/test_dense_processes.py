@@ -1,10 +1,7 @@
 """Dense tasks in two processes: killed, and resumed to the same bits."""
 
 import json
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -13,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from mpvg.cli.main import main
-from mpvg.data import named_sets
+from children import start_on_small_canvas
 from mpvg.recipes import recipe
 
 SIZES = {
@@ -24,18 +20,10 @@ SIZES = {
 WARMUP = {"canvas_segmentation": "--optim.warmup_steps", "canvas_detection": "--optim.warmup_epochs"}
 
 
-def rank(variables: dict[str, str], arguments: list[str]) -> None:
-    os.environ.update(variables | {"OMP_NUM_THREADS": "1"})  # as torchrun
-    sys.exit(main(arguments))
-
-
-def begin(variables: list[dict[str, str]], arguments: list[str]) -> list[BaseProcess]:
-    """Processes that train together, forked from this one, as it has small scenes."""
-    context = multiprocessing.get_context("fork")
-    ranks: list[BaseProcess] = [context.Process(target=rank, args=(own, arguments)) for own in variables]
-    for process in ranks:
-        process.start()
-    return ranks
+def begin(variables: list[dict[str, str]], arguments: list[str], cache: Path) -> list[BaseProcess]:
+    """Processes that train together."""
+    threads = {"OMP_NUM_THREADS": "1"}  # as torchrun
+    return [start_on_small_canvas(arguments, cache, 12, own | threads) for own in variables]
 
 
 def finish(ranks: list[BaseProcess]) -> list[int | None]:
@@ -47,20 +35,18 @@ def finish(ranks: list[BaseProcess]) -> list[int | None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_a_dense_run_is_killed_and_resumed_to_the_same_bits(
-    name: str, processes: Any, record: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, processes: Any, record: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """SIGKILL to both processes, twice, each time once there is another checkpoint."""
-    monkeypatch.setattr("mpvg.data.canvas.SCENES", {"train": 12, "val": 5})
-    monkeypatch.setattr(named_sets, "CACHE", tmp_path / "cache")
     options = json.dumps(recipe(name).task_options | SIZES[name])
     command = ["train", "--recipe", name, "--task_options", options, "--epochs", "2", "--batch_size", "4"]
     command += [WARMUP[name], "1"]
     command += "--save_steps 1 --network.drop_path 0.2 --threads 1 --device cpu".split()
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert finish(begin(processes.rank_variables(2), [*command, "--out", str(whole)])) == [0, 0]
+    whole, out, cache = tmp_path / "whole", tmp_path / "run", tmp_path / "cache"
+    assert finish(begin(processes.rank_variables(2), [*command, "--out", str(whole)], cache)) == [0, 0]
     for step in (1, 4):
         start = ["train", "--resume", str(out)] if out.exists() else [*command, "--out", str(out)]
-        ranks, deadline = begin(processes.rank_variables(2), start), time.monotonic() + 120
+        ranks, deadline = begin(processes.rank_variables(2), start, cache), time.monotonic() + 120
         while not any(int(path.name[5:]) >= step for path in (out / "checkpoints").glob("step-*")):
             assert all(process.is_alive() for process in ranks), "one ended by itself"
             assert time.monotonic() < deadline
@@ -68,5 +54,5 @@ def test_a_dense_run_is_killed_and_resumed_to_the_same_bits(
         for process in ranks:
             process.kill()
         assert finish(ranks) == [-signal.SIGKILL] * 2
-    assert finish(begin(processes.rank_variables(2), ["train", "--resume", str(out)])) == [0, 0]
+    assert finish(begin(processes.rank_variables(2), ["train", "--resume", str(out)], cache)) == [0, 0]
     assert record(out, files=False) == record(whole, files=False)

@@ -1,7 +1,7 @@
 """What a classifier mistakes: classes one by one, the pairs it confuses, its most certain errors, its calibration."""
 
 from collections.abc import Sequence
-from heapq import heappush, heappushpop
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from mpvg.data import DataInfo, denormalize
-from mpvg.tasks.review import EXAMPLES, Chart, Example, Matrix, Reliability, Review, Table, defined
+from mpvg.tasks.review import Chart, Example, Matrix, Reliability, Review, Table, WorstExamples, defined
 from mpvg.tasks.task import Evaluation
 
 BINS = 15
@@ -48,7 +48,7 @@ class ClassificationRecord:
         self._info = info
         self._parts: list[Numbers] = []
         self._count = 0
-        self._worst: list[tuple[float, int, Tensor]] = []
+        self._worst = WorstExamples()
 
     def watch(self, images: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Takes a batch: images `(B, C, H, W)` as the network gets them, logits `(B, classes)`, classes `(B,)`."""
@@ -58,13 +58,10 @@ class ClassificationRecord:
         columns = (targets, found.indices, found.values, of_target)
         part = np.stack([column.double().cpu().numpy() for column in columns], axis=1)
         self._parts.append(part)
-        for row, (target, taken, certainty, _) in enumerate(part):
-            index = self._count + row
-            if target == taken or (len(self._worst) == EXAMPLES and certainty <= self._worst[0][0]):
-                continue
-            # A heap whose first is the least certain; of equally certain ones the first image stays.
-            one = (float(certainty), -index, images[row].float().cpu())
-            heappush(self._worst, one) if len(self._worst) < EXAMPLES else heappushpop(self._worst, one)
+        for row in np.flatnonzero(part[:, 0] != part[:, 1]):
+            index = self._count + int(row)
+            make = partial(self._example, index, images[row], part[row])
+            self._worst.add(index, (float(part[row, 2]),), make)
         self._count += len(part)
 
     def review(self, evaluation: Evaluation) -> Review:
@@ -83,7 +80,7 @@ class ClassificationRecord:
             charts=charts,
             examples_title="The most confident mistakes",
             examples_text="As the network gets them, the most probable wrong class first.",
-            examples=[self._example(one, values) for one in sorted(self._worst, key=lambda one: (-one[0], -one[1]))],
+            examples=list(self._worst),
             predictions=[
                 {"target": names[t], "prediction": names[p], "probability": c, "target_probability": o}
                 for t, p, c, o in zip(
@@ -92,20 +89,19 @@ class ClassificationRecord:
             ],
         )
 
-    def _example(self, one: tuple[float, int, Tensor], values: Numbers) -> Example:
-        _, negative, image = one
-        target, taken, certainty, of_target = values[-negative].tolist()
+    def _example(self, index: int, image: Tensor, values: Numbers) -> Example:
+        target, taken, certainty, of_target = values.tolist()
         names = self._info.class_names
         lines = (
             f"target {names[int(target)]}, {100 * of_target:.1f} %",
             f"prediction {names[int(taken)]}, {100 * certainty:.1f} %",
         )
-        return Example(index=-negative, picture=to_picture(image, self._info), lines=lines)
+        return Example(index=index, picture=to_picture(image, self._info), lines=lines)
 
 
 def to_picture(image: Tensor, info: DataInfo) -> Image.Image:
     """A prepared image `(C, H, W)` as it looks."""
-    pixels = denormalize(image[None], info)[0].clamp(0, 1).cpu()
+    pixels = denormalize(image[None].float().cpu(), info)[0].clamp(0, 1)
     picture: Image.Image = functional.to_pil_image(pixels).convert("RGB")
     return picture
 

@@ -1,7 +1,11 @@
 """COCO's average precision (AP) of boxes and masks, computed by faster-coco-eval, which agrees with pycocotools."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mpvg.data.annotations import ImageAnnotations
 from mpvg.tasks.task import NO_IMAGE
@@ -68,10 +72,23 @@ def check_objects(truths: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError("no object is annotated in the validation images; give a validation set with objects")
 
 
+@dataclass(frozen=True)
+class AveragePrecision:
+    """What COCO's evaluation gives of boxes and masks."""
+
+    metrics: dict[str, float]
+    """AP, AP50 and AP75, in [0, 1]: `box_ap`, `mask_ap50` and so on."""
+    precision: Mapping[str, "npt.NDArray[np.float64]"]
+    """Of "box" and "mask": (thresholds of the overlap, recalls, classes, areas, numbers of detections), with -1 where a
+    class has no object."""
+    recalls: Sequence[float]
+    """From 0 to 1."""
+
+
 def average_precision(
     truths: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], category_ids: Sequence[int]
-) -> dict[str, float]:
-    """AP, AP50 and AP75 of boxes and masks, in [0, 1].
+) -> AveragePrecision:
+    """COCO's evaluation of boxes and masks.
 
     Args:
         truths: images, from `truth_record`, each once.
@@ -83,35 +100,16 @@ def average_precision(
         ValueError: no object is annotated, so that there is no AP.
     """
     check_objects(truths)
-    found: dict[str, float] = {}
-    for name in KINDS:
-        evaluation = _evaluated(truths, results, category_ids, name)
-        evaluation.summarize()
-        values = zip(THRESHOLDS, evaluation.stats[: len(THRESHOLDS)], strict=True)
-        found |= {f"{name}_{threshold}": float(value) for threshold, value in values}
-    return found
-
-
-def accumulated(
-    truths: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]],
-    category_ids: Sequence[int],
-    name: str,
-) -> dict[str, Any]:
-    """Precision over recall of boxes or masks; other arguments and errors as `average_precision`.
-
-    Args:
-        truths: images.
-        results: what was found.
-        category_ids: of all classes.
-        name: "box" or "mask".
-
-    Returns:
-        `precision`, an array (thresholds of the overlap, recalls, classes, areas, numbers of detections) with -1 where
-        a class has no object, and the `recalls`, from 0 to 1.
-    """
-    evaluation = _evaluated(truths, results, category_ids, name)
-    return {"precision": evaluation.eval["precision"], "recalls": evaluation.params.recThrs.tolist()}
+    evaluations = {name: _evaluated(truths, results, category_ids, name) for name in KINDS}
+    return AveragePrecision(
+        metrics={
+            f"{name}_{threshold}": float(value)
+            for name, evaluation in evaluations.items()
+            for threshold, value in zip(THRESHOLDS, evaluation.stats[: len(THRESHOLDS)], strict=True)
+        },
+        precision={name: evaluation.eval["precision"] for name, evaluation in evaluations.items()},
+        recalls=evaluations["box"].params.recThrs.tolist(),
+    )
 
 
 def _evaluated(
@@ -129,6 +127,7 @@ def _evaluated(
     evaluation = package.COCOeval_faster(truth, given, KINDS[name], print_function=_silent)
     evaluation.evaluate()
     evaluation.accumulate()
+    evaluation.summarize()
     return evaluation
 
 

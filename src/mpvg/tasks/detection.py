@@ -15,7 +15,7 @@ from mpvg.data.scenes import DetectionSizes, SceneBatch, TestScene, detection_pi
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
 from mpvg.tasks.backbone import check_dense_network, dense_backbone
-from mpvg.tasks.coco_metrics import average_precision, check_objects, evaluator, truth_record
+from mpvg.tasks.coco_metrics import AveragePrecision, average_precision, check_objects, evaluator, truth_record
 from mpvg.tasks.detection_review import DetectionRecord
 from mpvg.tasks.detections import Detections
 from mpvg.tasks.review import Review
@@ -123,10 +123,13 @@ class DetectionTask:
         if accelerator is not None and accelerator.num_processes > 1:
             truths, results = gather_object(truths), gather_object(results)
         check_objects(truths)  # by every process: the others would wait for a first one that stops
-        metrics = [average_precision(truths, results, self._category_ids) if _is_first(accelerator) else {}]
+        metrics = [self._scores(truths, results).metrics if _is_first(accelerator) else {}]
         if accelerator is not None:
             broadcast_object_list(metrics)
         return Evaluation(metrics[0], len(truths))
+
+    def _scores(self, truths: list[dict[str, Any]], results: list[dict[str, Any]]) -> AveragePrecision:
+        return average_precision(truths, results, self._category_ids)
 
     def _collect(
         self, model: nn.Module, batches: Batches[SceneBatch], record: DetectionRecord | None = None
@@ -150,8 +153,7 @@ class DetectionTask:
         record = DetectionRecord(self._info)
         truths, results = self._collect(model.eval(), batches, record)
         check_objects(truths)
-        metrics = average_precision(truths, results, self._category_ids)
-        return record.review(metrics, truths, results, self._category_ids)
+        return record.review(self._scores(truths, results), truths, self._category_ids)
 
     def preprocess(self) -> Preprocess:
         """What evaluation does to an image, but for the padding: (3, H, W)."""

@@ -1,7 +1,7 @@
 """What a detector mistakes: classes one by one, precision over recall, and the images with most errors."""
 
 from collections.abc import Mapping, Sequence
-from heapq import heappush, heappushpop
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from torchvision.utils import draw_bounding_boxes
 from mpvg.data import DataInfo
 from mpvg.data.annotations import ImageAnnotations
 from mpvg.tasks.classification_review import to_picture
-from mpvg.tasks.coco_metrics import KINDS, accumulated
+from mpvg.tasks.coco_metrics import AveragePrecision
 from mpvg.tasks.detections import SHOWN, Detections
-from mpvg.tasks.review import EXAMPLES, Curves, Example, Review, Table, defined, side_by_side
+from mpvg.tasks.review import Curves, Example, Review, Table, WorstExamples, defined, side_by_side
 from mpvg.tasks.task import Evaluation
 
 OVERLAP = 0.5
@@ -60,7 +60,7 @@ class DetectionRecord:
     def __init__(self, info: DataInfo) -> None:
         self._info = info
         self._images: list[dict[str, Any]] = []
-        self._worst: list[tuple[float, int, int, Image.Image, tuple[str, ...]]] = []
+        self._worst = WorstExamples()
 
     def watch(self, image: Tensor, found: Detections, truth: ImageAnnotations) -> None:
         """Takes an image `(3, H, W)` without padding, and what is found in pixels of it."""
@@ -75,42 +75,34 @@ class DetectionRecord:
         )
         errors = missed + false
         share = errors / (2 * right + errors) if errors else 0.0  # 1 - F1
-        if not errors or (len(self._worst) == EXAMPLES and (share, errors) <= self._worst[0][:2]):
-            return
         lines = (f"{right} found, {missed} missed, {false} where none is",)
-        one = (share, errors, -index, self._drawn(image, found, truth), lines)
-        (heappush if len(self._worst) < EXAMPLES else heappushpop)(self._worst, one)
+        if errors:
+            drawn = partial(self._drawn, image, found, truth)
+            self._worst.add(index, (share, errors), lambda: Example(index=index, picture=drawn(), lines=lines))
 
     def review(
         self,
-        metrics: dict[str, float],
+        scores: AveragePrecision,
         truths: Sequence[Mapping[str, Any]],
-        results: Sequence[Mapping[str, Any]],
         category_ids: Sequence[int],
     ) -> Review:
-        """Everything about the images so far; arguments as `coco_metrics.average_precision`, whose result is first."""
-        box, mask = (accumulated(truths, results, category_ids, kind) for kind in KINDS)
-        precision = box["precision"]  # (thresholds, recalls, classes, areas, numbers of detections)
-        curves = _undefined(precision[0, :, :, 0, -1])
-        worst = sorted(self._worst, key=lambda one: (-one[0], -one[1], -one[2]))
+        """Everything about the images so far; the other arguments as `coco_metrics.average_precision`."""
+        curves = _undefined(scores.precision["box"][0, :, :, 0, -1])
         return Review(
-            evaluation=Evaluation(metrics, len(truths)),
-            tables=[self._classes(precision, mask["precision"], truths, category_ids), self._points(curves, box)],
-            charts=[self._chart(curves, precision, box)],
+            evaluation=Evaluation(scores.metrics, len(truths)),
+            tables=[self._classes(scores, truths, category_ids), self._points(curves, scores.recalls)],
+            charts=[self._chart(curves, scores)],
             examples_text=f"Left the true boxes, right what was found with a score of at least {100 * SHOWN:.0f} %. An "
             f"object is found where a box of its class overlaps its own by {100 * OVERLAP:.0f} %. The images with the "
             "largest share of errors come first.",
-            examples=[Example(index=-one[2], picture=one[3], lines=one[4]) for one in worst],
+            examples=list(self._worst),
             predictions=self._images,
         )
 
     def _classes(
-        self,
-        box: "npt.NDArray[Any]",
-        mask: "npt.NDArray[Any]",
-        truths: Sequence[Mapping[str, Any]],
-        category_ids: Sequence[int],
+        self, scores: AveragePrecision, truths: Sequence[Mapping[str, Any]], category_ids: Sequence[int]
     ) -> Table:
+        box, mask = scores.precision["box"], scores.precision["mask"]
         objects = [one["category_id"] for truth in truths for one in truth["annotations"] if not one["iscrowd"]]
         rows = []
         for number, name in enumerate(self._info.class_names):
@@ -127,7 +119,8 @@ class DetectionRecord:
             shares=columns[1:5],
         )
 
-    def _chart(self, curves: "npt.NDArray[Any]", precision: "npt.NDArray[Any]", box: Mapping[str, Any]) -> Curves:
+    def _chart(self, curves: "npt.NDArray[Any]", scores: AveragePrecision) -> Curves:
+        precision = scores.precision["box"]
         averages = [_average(precision[:, :, number, 0, -1]) for number in range(len(self._info.class_names))]
         order = [number for number in np.argsort(averages) if not np.isnan(averages[number])][:LINES]
         lines = {"mean": curves.mean(axis=1, where=~np.isnan(curves)).tolist()}
@@ -138,17 +131,17 @@ class DetectionRecord:
             text=f"At an overlap of {100 * OVERLAP:.0f} %: the mean of the classes, and those with the lowest AP.",
             x="recall",
             y="precision",
-            x_values=box["recalls"],
+            x_values=scores.recalls,
             lines=lines,
         )
 
-    def _points(self, curves: "npt.NDArray[Any]", box: Mapping[str, Any]) -> Table:
+    def _points(self, curves: "npt.NDArray[Any]", recalls: Sequence[float]) -> Table:
         return Table(
             name="precision-recall",
             title="Precision over recall, boxes",
             text=f"Precision of each class at an overlap of {100 * OVERLAP:.0f} %.",
             columns=("recall", *self._info.class_names),
-            rows=[(float(recall), *map(defined, row)) for recall, row in zip(box["recalls"], curves, strict=True)],
+            rows=[(float(recall), *map(defined, row)) for recall, row in zip(recalls, curves, strict=True)],
             shown=0,
         )
 

@@ -1,7 +1,8 @@
 """What a task tells of a model's mistakes on a validation set: numbers, charts and examples that any page can show."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappush, heapreplace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -88,6 +89,30 @@ class Example:
     picture: Image.Image
     lines: tuple[str, ...]
     """What is wrong."""
+
+
+class WorstExamples:
+    """The `EXAMPLES` worst images so far, the worst first; of equally bad ones the first stay."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[float, ...], Example]] = []
+
+    def add(self, index: int, badness: tuple[float, ...], example: Callable[[], Example]) -> None:
+        """Takes an image.
+
+        Args:
+            index: of the image in the validation set.
+            badness: compared one number after the other; more is worse.
+            example: makes what is shown of it, which is only done where it is kept.
+        """
+        key = (*badness, -index)
+        if len(self._heap) < EXAMPLES:
+            heappush(self._heap, (key, example()))
+        elif key > self._heap[0][0]:
+            heapreplace(self._heap, (key, example()))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (example for _, example in sorted(self._heap, key=lambda one: one[0], reverse=True))
 
 
 @dataclass(frozen=True, kw_only=True)

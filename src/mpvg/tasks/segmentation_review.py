@@ -1,7 +1,7 @@
 """What a segmentation network mistakes: classes one by one, and the images with the lowest mean IoU."""
 
 from collections.abc import Callable
-from heapq import heappush, heappushpop
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from mpvg.data import DataInfo
 from mpvg.overlays import draw_labels
 from mpvg.tasks.classification_review import to_picture
-from mpvg.tasks.review import EXAMPLES, Example, Review, Table, defined, side_by_side
+from mpvg.tasks.review import Example, Review, Table, WorstExamples, defined, side_by_side
 from mpvg.tasks.task import NO_IMAGE, Evaluation
 
 
@@ -33,7 +33,7 @@ class SegmentationRecord:
         self._info = info
         self._table = torch.zeros(2 * (info.num_classes,), dtype=torch.int64)
         self._images: list[dict[str, float | None]] = []
-        self._worst: list[tuple[float, int, Image.Image]] = []
+        self._worst = WorstExamples()
 
     def watch(self, images: Tensor, found: Tensor, labels: Tensor, table: Tensor) -> None:
         """Takes an image.
@@ -51,10 +51,9 @@ class SegmentationRecord:
         share = float(table.diagonal().sum()) / labelled if labelled else float("nan")
         index = len(self._images)
         self._images.append({"miou": defined(score), "accuracy": defined(share)})
-        if np.isnan(score) or (len(self._worst) == EXAMPLES and -score <= self._worst[0][0]):
-            return
-        one = (-score, -index, self._drawn(images[0], found, labels))
-        (heappush if len(self._worst) < EXAMPLES else heappushpop)(self._worst, one)
+        if not np.isnan(score):
+            drawn, lines = partial(self._drawn, images[0], found, labels), (f"mIoU {100 * score:.1f} %",)
+            self._worst.add(index, (-score,), lambda: Example(index=index, picture=drawn(), lines=lines))
 
     def review(self, scores: Callable[[Tensor], dict[str, float]]) -> Review:
         """Everything about the images so far; `scores`: from a confusion matrix to the task's metrics.
@@ -64,15 +63,11 @@ class SegmentationRecord:
         """
         if not self._images:
             raise ValueError(NO_IMAGE)
-        worst = sorted(self._worst, key=lambda one: (-one[0], -one[1]))
         return Review(
             evaluation=Evaluation(scores(self._table), len(self._images)),
             tables=[self._classes()],
             examples_text="Left what is true, right what was found; the lowest mean IoU of the image's classes first.",
-            examples=[
-                Example(index=-negative, picture=picture, lines=(f"mIoU {-100 * score:.1f} %",))
-                for score, negative, picture in worst
-            ],
+            examples=list(self._worst),
             predictions=self._images,
         )
 
