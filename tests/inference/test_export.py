@@ -19,11 +19,12 @@ from mpvg.cli.export import FORMATS
 from mpvg.cli.main import main
 from mpvg.data import DataInfo, make_preprocess
 from mpvg.inference import load_export
+from mpvg.inference.card import model_card
 from mpvg.inference.export import export_run, new_folder
 from mpvg.inference.loading import KINDS
 from mpvg.inference.preprocessing import preprocessing
 from mpvg.inference.quantization import int8_instruction
-from mpvg.runs import Run
+from mpvg.runs import Run, load
 
 
 def export(run: Run, *arguments: str) -> int:
@@ -117,6 +118,15 @@ def test_a_hub_folder_has_a_card_that_says_what_is_known(run: Run, out: Path) ->
         'timm.create_model("local-dir:PATH", pretrained=True)',
     ):
         assert part in card
+
+
+def test_the_card_of_weights_saved_within_an_epoch_has_no_metrics(run: Run, tmp_path: Path) -> None:
+    """The ones of the epoch before are of other weights."""
+    copied = tmp_path / "run"
+    shutil.copytree(run.path, copied, symlinks=True)
+    lines = [line | {"step": line["step"] - 1} for line in run.metrics()]
+    (copied / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "None: the weights were saved within an epoch." in model_card(load(copied), 1, which="last", ema=False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

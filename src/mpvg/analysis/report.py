@@ -21,7 +21,7 @@ from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.models.own import network_error
 from mpvg.runs import Run
-from mpvg.runs.checkpoints import SELECTED, Which, checkpoint_folder
+from mpvg.runs.checkpoints import SELECTED, Which
 from mpvg.runs.environment import environment
 from mpvg.runs.memory import evaluation_cure, memory_errors
 from mpvg.tasks.task import EMA
@@ -129,12 +129,10 @@ def analyze_run(run: Run, options: Options) -> AnalyzedRun:
 
 def _recorded(run: Run, options: Options) -> Scores | None:
     """What the run recorded of the checkpoint; None: it was saved within an epoch, or copied without its name."""
-    name = checkpoint_folder(run.path, options.which).resolve().name
-    prefix = EMA if options.ema else ""
-    for line in run.metrics():
-        accuracy, nll = line.get(f"{prefix}accuracy"), line.get(f"{prefix}nll")
-        if isinstance(accuracy, float) and isinstance(nll, float) and name == f"step-{line['step']:08d}":
-            return Scores(accuracy, nll, run.info.val_size)
+    line, prefix = run.recorded(options.which) or {}, EMA if options.ema else ""
+    accuracy, nll = line.get(f"{prefix}accuracy"), line.get(f"{prefix}nll")
+    if isinstance(accuracy, float) and isinstance(nll, float):
+        return Scores(accuracy, nll, run.info.val_size)
     return None
 
 

@@ -94,25 +94,20 @@ def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:
     """Which weights of a run are used, as text."""
-    from mpvg.runs.checkpoints import SELECTED, checkpoint_folder, has_best
-    from mpvg.runs.pointers import step_name
+    from mpvg.runs.checkpoints import SELECTED
 
-    lost = which == "best" and not has_best(run.path)
-    name = run.best_step() if lost else checkpoint_folder(run.path, which, quiet=True).resolve().name
-    epochs = [line["epoch"] for line in run.metrics() if step_name(line["step"]) == name]
-    when = f", after epoch {epochs[0]} of {run.config.epochs}" if epochs else ""
+    line = run.recorded(which)
+    when = f", after epoch {line['epoch']} of {run.config.epochs}" if line else ""
     return f"{'averaged ' if ema else ''}weights: {which}{when}{SELECTED[which]}"
 
 
 def best_text(run: "Run", *, ema: bool) -> str | None:
     """The recorded metrics of the best epoch; None before an epoch ends."""
-    from mpvg.runs.pointers import step_name
-    from mpvg.tasks import describe_metrics
+    from mpvg.tasks import best_line, describe_metrics
     from mpvg.tasks.task import EMA
 
-    task, prefix, best = run.task(), EMA if ema else "", run.best_step()
-    for line in run.metrics():
-        if step_name(line["step"]) == best:
-            scores = {name: line[f"{prefix}{name}"] for name in task.metrics if f"{prefix}{name}" in line}
-            return f"{', '.join(describe_metrics(task, scores))}, epoch {line['epoch']}"
-    return None
+    if (line := best_line(run.config, run.metrics())) is None:
+        return None
+    task, prefix = run.task(), EMA if ema else ""
+    scores = {name: line[f"{prefix}{name}"] for name in task.metrics if f"{prefix}{name}" in line}
+    return f"{', '.join(describe_metrics(task, scores))}, epoch {line['epoch']}"

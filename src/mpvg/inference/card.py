@@ -4,7 +4,6 @@ from typing import Any
 
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
-from mpvg.runs.pointers import step_name
 from mpvg.statistics import proportion_interval
 from mpvg.tasks import task_class
 from mpvg.tasks.task import EMA
@@ -98,11 +97,9 @@ def model_card(run: Run, parameters: int, *, which: Which, ema: bool) -> str:
 def _metrics(run: Run, which: Which, *, ema: bool) -> list[str]:
     """A table of the metrics of the epoch that the weights are of."""
     task = task_class(run.config.task)
-    name = run.best_step() if which == "best" else None
-    lines = [line for line in run.metrics() if name in (None, step_name(line["step"]))]
-    if not lines:
-        return ["None: no epoch has ended."]
-    line, prefix = lines[-1], EMA if ema else ""
+    if (line := run.recorded(which)) is None:
+        return ["None: the weights were saved within an epoch."]
+    prefix = EMA if ema else ""
     rows = []
     for key, metric in task.metrics.items():
         value = line.get(f"{prefix}{key}")
@@ -113,7 +110,8 @@ def _metrics(run: Run, which: Which, *, ema: bool) -> list[str]:
             low, high = proportion_interval(value, run.info.val_size)
             interval = f"{metric.format(low)} to {metric.format(high)}"
         rows.append(f"| {metric.title} | {metric.format(value)} | {interval} |")
-    selected = ", an epoch that was selected on this set, so the numbers are a little too good" if name else ""
+    best = which == "best"
+    selected = ", an epoch that was selected on this set, so the numbers are a little too good" if best else ""
     return [
         f"On the {run.info.val_size:,} validation images after epoch {line['epoch']} of {run.config.epochs}{selected}.",
         "The intervals are 95 % over images, not over seeds.",

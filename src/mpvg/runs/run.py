@@ -103,6 +103,12 @@ class Run:
         best = best_line(self.config, self.metrics())
         return step_name(best["step"]) if best else None
 
+    def recorded(self, which: Which) -> dict[str, Any] | None:
+        """The line of metrics.jsonl that a checkpoint's weights had; None: they were saved within an epoch."""
+        lost = which == "best" and not has_best(self.path)
+        name = self.best_step() if lost else checkpoint_folder(self.path, which, quiet=True).resolve().name
+        return next((line for line in self.metrics() if step_name(line["step"]) == name), None)
+
     def initial_model(self) -> nn.Module:
         """The network before training, in evaluation mode: the control of every analysis.
 
