@@ -1,9 +1,10 @@
 """Correlations, intervals and other statistics, computed on float64 tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,31 +150,64 @@ def proportion_interval(share: float, count: int) -> Interval:
 
 def mean_and_interval(values: list[float]) -> tuple[float, Interval | None]:
     """Mean of independent repetitions with its Student's t interval; None instead of an interval for a single value."""
-    from scipy.stats import t
-
-    sample = torch.tensor(values, dtype=torch.float64)
-    mean, count = float(sample.mean()), len(values)
-    if count < 2:
-        return mean, None
-    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, count - 1)) * float(sample.std()) / math.sqrt(count)
-    return mean, Interval(mean - half, mean + half)
+    if len(values) < 2:
+        return float(np.mean(values)), None
+    found = weighted_means({"all": 1}, {"all": values})
+    return found.value, found.interval
 
 
 def difference_and_interval(values: list[float], others: list[float]) -> tuple[float, Interval | None]:
     """Difference of the means of two samples with Welch's t interval; None instead of it if one has a single value."""
-    from scipy.stats import t
-
-    samples = [torch.tensor(sample, dtype=torch.float64) for sample in (values, others)]
-    difference = float(samples[0].mean() - samples[1].mean())
     if min(len(values), len(others)) < 2:
-        return difference, None
-    squares = [float(sample.var()) / len(sample) for sample in samples]  # squared standard errors
-    if sum(squares) == 0:
-        return difference, Interval(difference, difference)
-    shares = [square / sum(squares) for square in squares]
-    degrees = 1 / sum(share**2 / (len(sample) - 1) for share, sample in zip(shares, samples, strict=True))
-    half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * math.sqrt(sum(squares))
-    return difference, Interval(difference - half, difference + half)
+        return float(np.mean(values) - np.mean(others)), None
+    found = weighted_means({"first": 1, "second": -1}, {"first": values, "second": others})
+    return found.value, found.interval
+
+
+class WeightedMeans(NamedTuple):
+    """A weighted sum of the means of independent samples, such as a difference."""
+
+    value: float
+    error: float
+    """Standard error."""
+    degrees: float
+    """Of freedom, Welch's and Satterthwaite's."""
+
+    @property
+    def interval(self) -> Interval:
+        """Welch's t interval."""
+        from scipy.stats import t
+
+        half = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, self.degrees)) * self.error
+        return Interval(self.value - half, self.value + half)
+
+    @property
+    def p(self) -> float:
+        """Welch's t test of 0, two-sided."""
+        from scipy.stats import t
+
+        size = abs(self.value) / self.error if self.error else math.inf if self.value else 0.0
+        return float(2 * t.sf(size, self.degrees))
+
+    def equivalence_p(self, margin: float) -> float:
+        """Of a size of at least the margin: the larger p of two one-sided Welch tests (TOST)."""
+        from scipy.stats import t
+
+        room = margin - abs(self.value)
+        if self.error == 0:
+            return 0.0 if room > 0 else 1.0
+        return float(t.sf(room / self.error, self.degrees))
+
+
+def weighted_means(weights: Mapping[str, float], samples: Mapping[str, Sequence[float]]) -> WeightedMeans:
+    """The sum over the names of `weights` of weight times mean of the sample, of at least two values each."""
+    value = sum(weight * float(np.mean(samples[name])) for name, weight in weights.items())
+    squares = {name: w**2 * float(np.var(samples[name], ddof=1)) / len(samples[name]) for name, w in weights.items()}
+    total = sum(squares.values())
+    if total == 0:
+        return WeightedMeans(value, 0.0, math.inf)
+    degrees = total**2 / sum(square**2 / (len(samples[name]) - 1) for name, square in squares.items())
+    return WeightedMeans(value, math.sqrt(total), degrees)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

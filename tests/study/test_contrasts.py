@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_ind
 
-from mpvg.statistics import Interval
+from mpvg.statistics import Interval, weighted_means
 from mpvg.study import contrasts
 from mpvg.study.contrasts import (
     Result,
@@ -227,9 +227,9 @@ def test_intervals_cover_and_equivalence_keeps_its_size() -> None:
     covered = equivalent = 0
     for _ in range(repetitions):
         given = {"a": draw.normal(1, 1, 8), "b": draw.normal(0, 1, 8)}  # just as far apart as the margin
-        low, high = contrasts._interval(PAIR, given)
+        low, high = weighted_means(PAIR, given).interval
         covered += low <= 1 <= high
-        equivalent += contrasts._equivalence_p(PAIR, given, 1.0) < 0.05
+        equivalent += weighted_means(PAIR, given).equivalence_p(1.0) < 0.05
     bound = 3 * math.sqrt(0.05 * 0.95 / repetitions)
     assert covered / repetitions == pytest.approx(0.95, abs=bound)
     assert equivalent / repetitions <= 0.05 + bound

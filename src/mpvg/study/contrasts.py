@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpvg.statistics import ALPHA, CONFIDENCE_LEVEL, Interval, holm, verdict
+from mpvg.statistics import ALPHA, Interval, holm, verdict, weighted_means
 from mpvg.study.plan import Contrast, Study
 
 CONTROL_ALPHA = 0.01
@@ -112,17 +112,18 @@ def evaluate(study: Study, samples: Samples, metric: str) -> list[Result]:
             tests = 1 if control else pairs
             needed = max(needed, least_seeds(CONTROL_ALPHA if control else ALPHA, tests))
             fewest_p = min(1.0, tests * smallest_p(*(len(samples[arm]) for arm in weights)))
+        means = weighted_means(weights, samples)
         results.append(
             Result(
                 contrast=contrast,
                 metric=metric,
                 seeds=min(len(samples[arm]) for arm in weights),
-                difference=_difference(weights, samples),
-                interval=_interval(weights, samples),
+                difference=means.value,
+                interval=means.interval,
                 p=p,
                 p_holm=p if control else next(corrected),
                 margin=margin,
-                p_equivalent=_equivalence_p(weights, samples, margin),
+                p_equivalent=means.equivalence_p(margin),
                 needed=needed,
                 smallest_p=fewest_p,
                 is_control=control,
@@ -249,19 +250,19 @@ def _spread(weights: Mapping[str, float] | None) -> float:
 
 def _two_sided(weights: Mapping[str, float], samples: Samples) -> float:
     """p of no difference: by permutation for one arm against another, else by Welch's t."""
-    from scipy import stats
+    from scipy.stats import permutation_test
 
     short = [arm for arm in weights if len(samples[arm]) < 2]
     if short:
         raise ValueError(f"arm {short[0]} has {len(samples[short[0]])} seeds; a test needs at least 2 of each arm")
     if not _is_pair(weights):
-        return float(2 * stats.t.sf(*_t(weights, samples)))
+        return weighted_means(weights, samples).p
     first, second = sorted(weights, key=lambda arm: -weights[arm])
 
     def difference(a: Any, b: Any, axis: int) -> Any:
         return np.mean(a, axis=axis) - np.mean(b, axis=axis)
 
-    found = stats.permutation_test(
+    found = permutation_test(
         (np.asarray(samples[first]), np.asarray(samples[second])),
         difference,
         permutation_type="independent",
@@ -270,42 +271,3 @@ def _two_sided(weights: Mapping[str, float], samples: Samples) -> float:
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
-
-
-def _difference(weights: Mapping[str, float], samples: Samples) -> float:
-    return sum(weight * float(np.mean(samples[arm])) for arm, weight in weights.items())
-
-
-def _error(weights: Mapping[str, float], samples: Samples) -> tuple[float, float]:
-    """Standard error of the weighted sum of means, and Welch's and Satterthwaite's degrees of freedom."""
-    shares = {arm: w**2 * float(np.var(samples[arm], ddof=1)) / len(samples[arm]) for arm, w in weights.items()}
-    total = sum(shares.values())
-    if total == 0:
-        return 0.0, math.inf
-    return math.sqrt(total), total**2 / sum(share**2 / (len(samples[arm]) - 1) for arm, share in shares.items())
-
-
-def _t(weights: Mapping[str, float], samples: Samples) -> tuple[float, float]:
-    """The size of Welch's t, and its degrees of freedom."""
-    error, degrees = _error(weights, samples)
-    difference = abs(_difference(weights, samples))
-    return (difference / error if error else math.inf if difference else 0.0), degrees
-
-
-def _interval(weights: Mapping[str, float], samples: Samples) -> Interval:
-    from scipy import stats
-
-    difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
-    half = float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees)) * error
-    return Interval(difference - half, difference + half)
-
-
-def _equivalence_p(weights: Mapping[str, float], samples: Samples, margin: float) -> float:
-    """p of a difference of at least the margin: the larger of two one-sided Welch tests (TOST)."""
-    from scipy import stats
-
-    difference, (error, degrees) = _difference(weights, samples), _error(weights, samples)
-    room = margin - abs(difference)
-    if error == 0:
-        return 0.0 if room > 0 else 1.0
-    return float(stats.t.sf(room / error, degrees))
