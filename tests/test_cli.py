@@ -338,11 +338,12 @@ def test_an_interrupted_command_is_continued(
         ("--lr x", r"--lr is 'x'; allowed: float; see"),
         ("--lr nan", r"lr is nan; allowed: float"),
         ("--device gpu", r"device is 'gpu'; allowed: 'auto', 'cpu', 'cuda'"),
-        ("--optim.betas [0.9]", r"optim\.betas is \[0\.9\]; allowed: tuple\[float, float\]"),
-        ("--optim.betas [0.9", r"--optim\.betas '\[0\.9' is not valid JSON of the type tuple\[float, float\] "),
-        ("--optim.betas 0.9", r"--optim\.betas is '0\.9'; allowed: tuple\[float, float\]; see"),
-        ("--task_options x", r"--task_options is 'x'; allowed: dict\[str, Any\]; see"),
-        ("--method {x", r"--method '\{x' is not valid JSON of the type dict\[str, Any\] \(.*\); see"),
+        ("--optim.betas [0.9]", r"optim\.betas is \[0\.9\]; allowed: \[float, float\]"),
+        ("--optim.betas [0.9", r"--optim\.betas '\[0\.9' is not valid JSON of the type \[float, float\] "),
+        ("--optim.betas 0.9", r"--optim\.betas is '0\.9'; allowed: \[float, float\]; see"),
+        ("--network.mean 0.5", r"--network\.mean is '0\.5'; allowed: \[float, \.\.\.\] \| null; see"),
+        ("--task_options x", r"--task_options is 'x'; allowed: \{str: any value\}; see"),
+        ("--method {x", r"--method '\{x' is not valid JSON of the type \{str: any value\} \(.*\); see"),
         ("--epochs 0", r"epochs is 0; allowed: a whole number >= 1"),
         ("--lr -1", r"lr is -1\.0; allowed: a number > 0"),
         ("--network.drop_path 1", r"network\.drop_path is 1\.0; allowed: a number in \[0, 1\)"),
@@ -567,6 +568,16 @@ def test_a_traceback_can_be_had() -> None:
     ended = subprocess.run([*mpvg, "train", "--epochs", "0"], check=False, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "mpvg: error: epochs is 0; allowed: a whole number >= 1\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["train", "--help"], ["inspect", "vit_mini_patch2_8"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mpvg", *arguments]
+    ended = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert ended.stderr == ""
 
 
 # ---- a command that is started again

@@ -195,7 +195,7 @@ def build(cls: type[Any], values: object, prefix: str) -> Any:
     kinds = get_type_hints(cls)
     for key, value in values.items():
         if not _fits(value, kinds[key]):
-            raise ValueError(f"{prefix}{key} is {shown(value)}; allowed: {_type_name(kinds[key])}")
+            raise ValueError(f"{prefix}{key} is {shown(value)}; allowed: {type_text(kinds[key])}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -219,9 +219,18 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, origin or kind)
 
 
-def _type_name(kind: Any) -> str:
-    text = kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
-    return text.replace("typing.", "")
+def type_text(kind: Any) -> str:
+    """An annotated type, written as its values are in JSON: `[float] | null` for `tuple[float] | None`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_text, arguments))
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin is tuple:
+        return f"[{', '.join('...' if part is ... else type_text(part) for part in arguments)}]"
+    if origin is dict:
+        return f"{{{': '.join(map(type_text, arguments))}}}"
+    return "null" if kind is type(None) else "any value" if kind is Any else str(kind.__name__)
 
 
 def check_choices(config: Any, prefix: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from mpvg.cli.arguments import Parser
 from mpvg.config import RunConfig, flatten
-from mpvg.validation import parse_json, shorten, shown
+from mpvg.validation import parse_json, shorten, shown, type_text
 
 HELP = "see `mpvg train --help`"
 USAGE = "mpvg train [--data DATA] [--method METHOD] [--out RUN] [options] | mpvg train --resume RUN"
@@ -73,7 +73,7 @@ def make_parser(base: RunConfig | None) -> argparse.ArgumentParser:
     values = flatten(base.to_dict()) if base else {}
     texts = _field_texts() if base else {}
     for name, kind in field_kinds().items():
-        text = f"{texts[name]} (type: {_type_text(kind)}, default: {_default_text(values[name])})" if base else ""
+        text = f"{texts[name]} (type: {type_text(kind)}, default: {_default_text(values[name])})" if base else ""
         metavar = name.rpartition(".")[2].upper()
         help = text.replace("%", "%%")
         parser.add_argument(f"--{name}", metavar=metavar, default=argparse.SUPPRESS, help=help)
@@ -106,9 +106,9 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
             return _convert(text, option)
         except ValueError as error:
             if option is not type(None) and _is_json(option) and text.lstrip()[:1] in ("{", "["):
-                reason = f"--{name} {shown(text)} is not valid JSON of the type {_type_text(option)} ({error})"
+                reason = f"--{name} {shown(text)} is not valid JSON of the type {type_text(option)} ({error})"
                 raise ValueError(f"{reason}; {HELP}") from error
-    raise ValueError(f"--{name} is {shown(text)}; allowed: {_type_text(kind)}; {HELP}")
+    raise ValueError(f"--{name} is {shown(text)}; allowed: {type_text(kind)}; {HELP}")
 
 
 def _is_json(kind: Any) -> bool:
@@ -160,14 +160,6 @@ def _field_texts() -> dict[str, str]:
                 name = f"{prefix}.{ast.unparse(field.target)}".lstrip(".")
                 texts[name] = " ".join(str(text.value.value).split())
     return texts
-
-
-def _type_text(kind: Any) -> str:
-    if kind is type(None):
-        return "null"
-    if get_origin(kind) in (Union, UnionType):
-        return " | ".join(map(_type_text, get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 def _default_text(value: Any) -> str:

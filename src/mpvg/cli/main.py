@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,23 +61,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _escape_what_cannot_be_shown()
     name = arguments[0].replace("--version", "version") if arguments else "--help"
-    if name in ("-h", "--help"):
-        print(usage(), end="")
-        return 0
-    if name not in VERBS:
+    if name not in (*VERBS, "-h", "--help"):
         return _fail(unknown_name("verb", name, VERBS, near=1))
     try:
-        run = getattr(import_module(f"mpvg.cli.{VERBS[name].module}"), name.replace("-", "_"))
-        code: int = run(arguments[1:])
+        code = 0
+        if name in VERBS:
+            run = getattr(import_module(f"mpvg.cli.{VERBS[name].module}"), name.replace("-", "_"))
+            code = run(arguments[1:])
+        else:
+            print(usage(), end="")
+        sys.stdout.flush()  # here, since what fails at the exit of Python is a traceback
         return code
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
         print("\n" + printable(str(stop) or "interrupted; continue with `mpvg train --resume RUN`"), file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (Exception, SystemExit) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_output():
+            return 141  # as of a program that SIGPIPE ends
         text = _one_line(error)
         if text is None or os.environ.get("MPVG_TRACEBACK"):
             raise
         return _fail(text)
+
+
+def _nobody_reads_output() -> bool:
+    """Whether stdout's reader, such as `head`, has seen enough; what is left to be written is then dropped."""
+    state = select.poll()
+    state.register(sys.stdout, select.POLLERR)
+    if not state.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _one_line(error: BaseException) -> str | None:
