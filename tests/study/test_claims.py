@@ -13,7 +13,8 @@ from mpvg.study.claims import Cost, Evidence, claims_page, generated, paper_as_d
 from mpvg.study.contrasts import Result
 from mpvg.study.plan import Contrast, read_study, ready_studies
 from mpvg.study.results import SettingResult, StudyResults
-from mpvg.study.tables import write_results
+from mpvg.study.tables import word_for, write_results
+from mpvg.tasks import Metric
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,8 +59,14 @@ def result(difference: float, p: float, p_equivalent: float) -> Result:
     ],
 )
 def test_a_verdict_follows_from_the_word(expects: Any, given: tuple[float, float, float], said: str) -> None:
-    setting = SettingResult("x", "x", ())
-    assert verdict(Evidence(study="s", contrast="c", expects=expects), result(*given), setting) == said
+    setting, given_result = SettingResult("x", "x", ()), result(*given)
+    assert verdict(Evidence(study="s", contrast="c", expects=expects), given_result, setting, given_result.word) == said
+
+
+def test_a_margin_is_in_the_unit_of_its_metric() -> None:
+    given = result(-0.01, 0.5, 0.01)
+    for percent, said in ((False, "equivalent within 0.05"), (True, "equivalent within 5")):
+        assert word_for(given, Metric(title="x", higher_is_better=True, percent=percent)) == said
 
 
 def test_every_piece_of_evidence_is_a_contrast_of_a_ready_study() -> None:

@@ -19,7 +19,7 @@ from mpvg.study.contrasts import Result, least_seeds, seeds_needed
 from mpvg.study.folder import STUDY, open_folder
 from mpvg.study.paper import printed_tables
 from mpvg.study.results import SettingResult, StudyResults, collect
-from mpvg.study.tables import describe_result, render, write_results
+from mpvg.study.tables import describe_result, margin_text, render, word_for, write_results
 from mpvg.validation import build, check_choices, parse_yaml
 
 NOT_BY_THE_PAPER = "Not discussed."
@@ -135,25 +135,26 @@ def find(claim: Claim, studies: Sequence[StudyResults]) -> list[tuple[Evidence, 
             for setting in results.settings:
                 for result in setting.contrasts.get(metric, ()):
                     if (results.study.name, result.contrast.name) == (evidence.study, evidence.contrast):
-                        findings.append(Finding(results, setting, result, verdict(evidence, result, setting)))
+                        word = word_for(result, results.metrics[metric])
+                        findings.append(Finding(results, setting, result, verdict(evidence, result, setting, word)))
         pairs.append((evidence, findings))
     return pairs
 
 
-def verdict(evidence: Evidence, result: Result, setting: SettingResult) -> str:
-    """What a result says about a claim: reproduced, refuted or undecided, in the words of `contrasts`."""
+def verdict(evidence: Evidence, result: Result, setting: SettingResult, word: str) -> str:
+    """What a result says about a claim: reproduced, refuted or undecided; `word`: of `tables.word_for`."""
     if not setting.controls_hold:
         return "says nothing: the control differs"
     direction = "higher" if result.difference > 0 else "lower"
     if evidence.expects == "equivalent":
         if result.is_equivalent:
             return "reproduced"
-        return "refuted" if result.differs else result.word
+        return "refuted" if result.differs else word
     if result.differs and direction == evidence.expects:
-        return "reproduced" + result.word.removeprefix(direction)
+        return "reproduced" + word.removeprefix(direction)
     if result.differs:
         return "refuted"
-    return "refuted: " + result.word if result.is_equivalent else result.word
+    return "refuted: " + word if result.is_equivalent else word
 
 
 def claims_page(studies: Sequence[StudyResults]) -> str:
@@ -195,8 +196,8 @@ def _rows(evidence: Evidence, findings: Sequence[Finding]) -> list[str]:
         study = found.results.study.name
         place = f"[{study}](../results/{study}-{found.results.scale}/table.md), {found.setting.label}"
         formula, difference = describe_result(found.results, found.result)
-        title = found.results.metrics[found.result.metric].title
-        margin, seeds = f"{found.result.margin:g}", found.result.seeds
+        metric, seeds = found.results.metrics[found.result.metric], found.result.seeds
+        margin, title = margin_text(metric, found.result.margin), metric.title
         values = f"{evidence.expects} | {title} {difference} | {margin} | {seeds} | {found.verdict}"
         rows.append(f"| {place} | {formula} | {values} |")
     return rows

@@ -163,16 +163,26 @@ def _contrasts_block(results: StudyResults, setting: SettingResult, name: str) -
         rows.append((_formula(r, labels), *values, _p(r.p_equivalent), verdict(r, metric)))
     notes = tuple(f"{_formula(r, labels)}: {r.contrast.claim}" for r in setting.contrasts[name] if r.contrast.claim)
     return Block(
-        f"{setting.label}: {metric.title}, margin {_plain(metric, results.study.margins[name])}",
+        f"{setting.label}: {metric.title}, margin {margin_text(metric, results.study.margins[name])}",
         head,
         tuple(rows),
         notes,
     )
 
 
-def verdict(result: Result, metric: Metric) -> str:
+def margin_text(metric: Metric, margin: float) -> str:
+    """A margin in the unit in which the metric is shown."""
+    return f"{100 * margin if metric.percent else margin:g}"
+
+
+def word_for(result: Result, metric: Metric) -> str:
     """The word for a result, with its margin in the unit in which the metric is shown."""
-    word = result.word.replace(f"within {result.margin:g}", f"within {_plain(metric, result.margin)}")
+    return result.word.replace(f"within {result.margin:g}", f"within {margin_text(metric, result.margin)}")
+
+
+def verdict(result: Result, metric: Metric) -> str:
+    """The word for a result, or what it says of a control."""
+    word = word_for(result, metric)
     if result.is_control:
         if not result.can_differ:
             return f"no control: {result.seeds} seeds cannot show a difference"
