@@ -46,7 +46,11 @@ def parse_yaml(content: bytes) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses aliases: ten of ten of ten ... would fill the memory from a few hundred bytes; and deep nesting."""
+        """Refuses aliases, deep nesting, and a key that is given twice.
+
+        Aliases of ten of ten of ten ... would fill the memory from a few hundred bytes. Of two values of a key, only
+        the last one would count.
+        """
 
         depth = 0
 
@@ -58,6 +62,12 @@ def parse_yaml(content: bytes) -> Any:
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
+            if isinstance(node, yaml.MappingNode):
+                seen: set[str] = set()
+                for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                    if key in seen:
+                        raise yaml.YAMLError(f"it has the key {key} twice")
+                    seen.add(key)
             return node
 
     try:

@@ -109,13 +109,11 @@ def _run(words: Sequence[str]) -> str | None:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
             code: Any = main(words)
-        except SystemExit as end:  # argparse, with its usage
+        except SystemExit as end:  # argparse, with its help
             code = end.code or 0
     message = error.getvalue().strip()
     assert code in (0, 2), (code, message)
     assert (code == 0) == (not message), message
-    if message.startswith("usage:"):
-        message = message.partition("mpvg train: error:")[2]
     assert len(message.splitlines()) <= 1, message
     assert len(message) < MAX_MESSAGE, message
     return out.getvalue() if code == 0 else None

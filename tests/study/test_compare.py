@@ -107,7 +107,7 @@ def test_an_incomplete_run_is_refused(root: Path) -> None:
 def test_a_field_may_be_allowed_to_differ(root: Path) -> None:
     results = compare(runs(root, "gap1", "slow", "pvg0", "pvg1"), allow=["lr"])
     assert [len(arm.values["nll"]) for arm in results.settings[0].arms] == [2, 2]
-    with pytest.raises(ValueError, match="unknown name in --allow 'lrr'; did you mean lr"):
+    with pytest.raises(ValueError, match="--allow: unknown name 'lrr'; did you mean lr"):
         compare(runs(root), allow=["lrr"])
 
 

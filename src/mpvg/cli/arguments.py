@@ -12,11 +12,11 @@ from mpvg.validation import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows what it refuses without control characters."""
+    """Raises what it refuses as a ValueError, which `mpvg.cli.main` shows in one line as any other."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process."""
-        super().error(printable(message))
+        """Names the next step."""
+        raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
 def say(*lines: str) -> None:

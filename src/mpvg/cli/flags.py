@@ -36,10 +36,10 @@ class Flags:
 
 
 def parse_flags(arguments: list[str]) -> Flags:
-    """Reads a command line; a missing value ends the process with the usage.
+    """Reads a command line.
 
     Raises:
-        ValueError: a flag does not exist, or its value is not of the field's type.
+        ValueError: a flag does not exist, or its value is missing or not of the field's type.
     """
     options, surplus = make_parser(None).parse_known_args(arguments)
     kinds = field_kinds()

@@ -54,11 +54,10 @@ def compare(
     """
     given = [_read(path) for path in paths]
     differing = _differing(given, allow)
-    if len(differing) != 1:
-        what = (
-            ", ".join(f"{name} ({shorten(', '.join(values))})" for name, values in differing.items())
-            or "nothing but seeds"
-        )
+    if not differing:
+        raise ValueError("the runs differ in nothing but seeds; give runs that differ in one thing, such as the method")
+    if len(differing) > 1:
+        what = ", ".join(f"{name} ({shorten(', '.join(values))})" for name, values in differing.items())
         raise ValueError(
             f"the runs differ in {what}; compare runs that differ in one thing, or let the others differ with --allow"
         )
@@ -74,7 +73,7 @@ def compare(
             raise ValueError(f"{field} {label} has the seed {twice} twice; give each run once, and other seeds")
     first = reference or next(iter(groups))
     if first not in groups:
-        raise ValueError(unknown_name(f"value of {field} as the reference", first, groups))
+        raise ValueError(f"--reference: {unknown_name(f'value of {field}', first, groups)}")
     return _results(field, groups, first, margins)
 
 
@@ -122,7 +121,7 @@ def _differing(given: Sequence[_Given], allow: Sequence[str]) -> dict[str, list[
     names = given[0].fields
     for name in allow:
         if name not in names and name not in _CONDITIONS:
-            raise ValueError(unknown_name("name in --allow", name, [*_CONDITIONS, *names]))
+            raise ValueError(f"--allow: {unknown_name('name', name, [*_CONDITIONS, *names])}")
     values = {name: list(dict.fromkeys(_value(one, name) for one in given)) for name in names if name not in allow}
     return {name: found for name, found in values.items() if len(found) > 1}
 
@@ -151,7 +150,7 @@ def _results(
     default = {name: POINTS if task.metrics[name].percent else MARGIN for name in shown_first}
     for name in margins or {}:
         if name not in default:
-            raise ValueError(unknown_name("metric with a margin", name, default))
+            raise ValueError(f"--margin: {unknown_name('metric', name, default)}")
     others = [label for label in groups if label != first]
     study = Study(
         name=SCALE,

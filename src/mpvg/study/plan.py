@@ -97,7 +97,7 @@ class Study:
             ValueError: the study has no such scale.
         """
         if scale not in self.scales:
-            raise ValueError(unknown_name(f"scale of the study {self.name}", scale, self.scales))
+            raise ValueError(f"study {self.name}: {unknown_name('scale', scale, self.scales)}")
         return self.scales[scale]
 
 
@@ -212,14 +212,19 @@ def _parts(kind: Any, values: Any, name: str) -> tuple[Any, ...]:
         raise ValueError(f"{name} is {shown(values)}; allowed: name -> fields")
     built = []
     for key, given in values.items():
-        if not key or not all(c.isalnum() or c in "_-." for c in key) or key.startswith("."):
-            raise ValueError(f"{name} has {shown(key)}; allowed as a name: letters, digits, _, - and .")
+        _check_name(name, key)
         part = build(kind, given, f"{name}.{key}.")
         built.append(replace(part, name=key, **({"label": part.label or key} if hasattr(part, "label") else {})))
     return tuple(built)
 
 
+def _check_name(place: str, name: str) -> None:
+    if not name or not all(c.isalnum() or c in "_-." for c in name) or name.startswith("."):
+        raise ValueError(f"{place} has {shown(name)}; allowed as a name: letters, digits, _, - and .")
+
+
 def _check(study: Study) -> None:
+    _check_name("study", study.name)
     arms = [arm.name for arm in study.arms]
     named = {"reference": [study.reference]}
     named |= {f"contrasts.{contrast.name}": list(contrast.weights) for contrast in study.contrasts}
@@ -340,5 +345,6 @@ def _pretraining(setting: Setting) -> Setting | None:
     given = {"name": f"{setting.name}.pretrain", "seeds": setting.seeds, **setting.pretrain}
     for name in setting.pretrain:
         if name not in ("recipe", "set"):
-            raise ValueError(unknown_name(f"key of scales.{setting.name}.pretrain", name, ("recipe", "set"), near=1))
+            place = f"scales.{setting.name}.pretrain"
+            raise ValueError(f"{place}: {unknown_name('key', name, ('recipe', 'set'), near=1)}")
     return build(Setting, given, f"scales.{setting.name}.pretrain.")
