@@ -24,6 +24,7 @@ from mpvg.inference.export import export_run, new_folder
 from mpvg.inference.loading import KINDS
 from mpvg.inference.preprocessing import preprocessing
 from mpvg.inference.quantization import int8_instruction
+from mpvg.models.network import delivered_network
 from mpvg.runs import Run, load
 
 
@@ -130,8 +131,11 @@ def test_the_card_of_weights_saved_within_an_epoch_has_no_metrics(run: Run, tmp_
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_eight_bits_are_measured_on_the_runs_data(run: Run, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(run, "--format", "onnx", "--int8", "--out", str(out)) == 0
+@pytest.mark.parametrize("size", [[], ["--dynamic_size"]])
+def test_eight_bits_are_measured_on_the_runs_data(
+    run: Run, out: Path, size: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run, "--format", "onnx", "--int8", "--out", str(out), *size) == 0
     said = capsys.readouterr().out
     assert "in a logit, on 5 validation images, as 1 x 1 x 8 x 8, 4 x 1 x 8 x 8" in said  # of the float32 graph
     assert f"instruction for 8-bit products: {int8_instruction() or 'none'}" in said
@@ -144,6 +148,11 @@ def test_eight_bits_are_measured_on_the_runs_data(run: Run, out: Path, capsys: p
     expected = logits(run, batch)
     difference = float((loaded(batch) - expected).abs().max())
     assert 0 < difference < 0.1 * float(expected.abs().max())
+    if size:
+        larger, network = torch.randn(2, 1, 16, 12), run.model()
+        delivered_network(network).set_input_size((16, 12))
+        with torch.no_grad():
+            assert float((loaded(larger) - network(larger)).abs().max()) < 0.1 * float(expected.abs().max())
 
 
 def test_a_torch_export_of_any_size(run: Run, out: Path) -> None:

@@ -23,7 +23,7 @@ from mpvg.models.network import check_logits, count_parameters
 from mpvg.models.own import is_own
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
-from mpvg.validation import unknown_name
+from mpvg.validation import shorten, unknown_name
 
 LIMIT = 1e-4
 """Largest difference of a logit, between an export and the network in PyTorch, with which an export counts."""
@@ -244,9 +244,10 @@ def _quantized(run: Run, folder: Path, model: nn.Module, images: Tensor, program
             expected, actual = model(images), exported(images)
     except Exception as error:  # ONNX Runtime's have no common class
         instruction = int8_instruction() or "none"
+        reason = shorten(" ".join(str(error).split()))
         raise ValueError(
-            f"ONNX Runtime cannot run 8-bit products on this machine (instruction for them: {instruction}); "
-            "leave --int8 out"
+            f"ONNX Runtime cannot run the network with 8-bit weights here ({reason}; the processor's instruction for "
+            f"8-bit products: {instruction}); leave --int8 out"
         ) from error
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     task, best = run.task(), run.task().best
