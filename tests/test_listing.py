@@ -93,7 +93,8 @@ def test_seeds_of_a_run_are_one_curve(some_runs: Path, monkeypatch: pytest.Monke
     [
         (["runs", "nowhere"], "no run in nowhere; give a folder that `mpvg train` made"),
         (["plot", "{}", "--key", "acuracy"], "no run has 'acuracy' yet; allowed: accuracy, "),
-        (["plot", "{}", "--out", "{}/x.xyz"], "Format 'xyz' is not supported"),
+        (["plot", "{}", "--out", "{}/x.xyz"], "x.xyz' is not allowed; give a file that ends in .png, .svg or .pdf"),
+        (["plot", "{}", "--out", "{}/none/x.png"], "x.png' is not allowed; give the name of a file in a folder that"),
         (["plot", "{}/d"], "no run has a number to draw yet; allowed: nothing, before an epoch ends"),
     ],
 )

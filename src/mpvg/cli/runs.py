@@ -1,10 +1,13 @@
 """`mpvg runs` and `mpvg plot`: many run folders at once."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, print_table, say
+from mpvg.cli.arguments import Parser, output_file, print_table, say
+
+PICTURES = "file that ends in .png, .svg or .pdf"
 
 
 def runs(arguments: list[str]) -> int:
@@ -31,15 +34,22 @@ def runs(arguments: list[str]) -> int:
     return 0
 
 
+def _picture(text: str) -> Path:
+    path = output_file(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a {PICTURES}")
+    return path
+
+
 def plot(arguments: list[str]) -> int:
     """Draws the curves of runs."""
     parser = Parser(prog="mpvg plot", description="Draws one number of every epoch for several runs.")
     parser.add_argument("runs", nargs="+", help="run folders, or folders that hold some")
     parser.add_argument("--key", help="a number of metrics.jsonl (default: what chooses the best checkpoint)")
-    parser.add_argument("--out", default="curves.png", help="file, .png, .svg or .pdf (default: curves.png)")
+    parser.add_argument("--out", type=_picture, default="curves.png", help=f"{PICTURES} (default: curves.png)")
     given = parser.parse_args(arguments)
     from mpvg.runs import listing
 
-    listing.plot_runs([Path(run) for run in given.runs], given.key, Path(given.out))
+    listing.plot_runs([Path(run) for run in given.runs], given.key, given.out)
     say(f"drawn in {given.out}")
     return 0
