@@ -26,6 +26,7 @@ from mpvg.inference.preprocessing import preprocessing
 from mpvg.inference.quantization import int8_instruction
 from mpvg.models.network import delivered_network
 from mpvg.runs import Run, load
+from mpvg.runs.checkpoints import Which
 
 
 def export(run: Run, *arguments: str) -> int:
@@ -119,6 +120,13 @@ def test_a_hub_folder_has_a_card_that_says_what_is_known(run: Run, out: Path) ->
         'timm.create_model("local-dir:PATH", pretrained=True)',
     ):
         assert part in card
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_card_knows_the_metrics_in_a_copy_that_followed_the_links(run: Run, tmp_path: Path, which: Which) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    card = model_card(load(tmp_path / "run"), 1, which=which, ema=False)
+    assert f"| {100 * run.metrics()[0]['accuracy']:.2f} % |" in card
 
 
 def test_the_card_of_weights_saved_within_an_epoch_has_no_metrics(run: Run, tmp_path: Path) -> None:

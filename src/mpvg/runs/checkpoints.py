@@ -22,7 +22,15 @@ from torch import Tensor
 
 from mpvg.files import memory_bytes, read_regular, remove, write_new
 from mpvg.models.checkpoints import read_tensors
-from mpvg.runs.pointers import pointed_folder, read_pointer, step_name, step_names, step_number, write_pointer
+from mpvg.runs.pointers import (
+    CHECKSUMS,
+    pointed_folder,
+    read_pointer,
+    step_name,
+    step_names,
+    step_number,
+    write_pointer,
+)
 from mpvg.runs.reading import MAX_JSON_BYTES, RESTORE
 from mpvg.validation import parse_json, printable, shown
 
@@ -31,7 +39,6 @@ SELECTED: dict[Which, str] = {"last": "", "best": " (selected on its validation 
 """What is to be said of the weights, by which."""
 KEEP_LAST = 2
 """Number of newest checkpoints that are kept, besides the best one: the newest, and one to fall back to."""
-CHECKSUMS = "checksums.json"
 STATE = "state.json"
 _NAME = re.compile(r"state\.json|[a-z_]+\.safetensors", re.ASCII)
 _DAMAGE = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG)

@@ -13,6 +13,8 @@ from mpvg.files import read_regular, remove, temp_path, write_new
 
 _STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _MAX_BYTES = 64
+CHECKSUMS = "checksums.json"
+_MAX_CHECKSUMS = 2**16
 
 
 def step_name(step: int) -> str:
@@ -52,6 +54,19 @@ def read_pointer(root: Path, name: str) -> str | None:
     except (OSError, ValueError):
         return None
     return target if step_number(target) is not None else None
+
+
+def own_name(folder: Path) -> str:
+    """The name that a checkpoint has by its step; in a copy that followed the links, of the same hashes."""
+    folder = folder.resolve()
+    if step_number(folder.name) is not None:
+        return folder.name
+    for name in step_names(folder.parent):
+        with contextlib.suppress(OSError):
+            files = (one / CHECKSUMS for one in (folder, folder.parent / name))
+            if len({read_regular(file, _MAX_CHECKSUMS) for file in files}) == 1:
+                return name
+    return folder.name
 
 
 def write_pointer(root: Path, name: str, target: str) -> None:

@@ -31,7 +31,7 @@ from mpvg.runs.checkpoints import Which, checkpoint_folder, has_best, verify, wa
 from mpvg.runs.environment import environment
 from mpvg.runs.lock import LOCK
 from mpvg.runs.metrics import LINE, read_metrics
-from mpvg.runs.pointers import step_name
+from mpvg.runs.pointers import own_name, step_name
 from mpvg.runs.reading import read_config, read_info, read_summary
 from mpvg.seeding import seed_everything
 from mpvg.tasks import Task, best_line, create_task, selecting_metric, task_class
@@ -106,7 +106,7 @@ class Run:
     def recorded(self, which: Which) -> dict[str, Any] | None:
         """The line of metrics.jsonl that a checkpoint's weights had; None: they were saved within an epoch."""
         lost = which == "best" and not has_best(self.path)
-        name = self.best_step() if lost else checkpoint_folder(self.path, which, quiet=True).resolve().name
+        name = self.best_step() if lost else own_name(checkpoint_folder(self.path, which, quiet=True))
         return next((line for line in self.metrics() if step_name(line["step"]) == name), None)
 
     def initial_model(self) -> nn.Module:
