@@ -20,7 +20,7 @@ from mpvg.cli.main import main
 from mpvg.data import DataInfo, ImageBatch
 from mpvg.data.annotations import ImageAnnotations
 from mpvg.inference.mistakes import PAGE, reviewing, sample_names, write_mistakes
-from mpvg.tasks.classification import evaluate
+from mpvg.tasks.classification import ClassificationTask, evaluate
 from mpvg.tasks.classification_review import BINS, ClassificationRecord, calibration_chart, calibration_error
 from mpvg.tasks.detection_review import count_errors
 from mpvg.tasks.detections import Detections
@@ -242,6 +242,9 @@ def test_the_page_asks_for_nothing_and_is_labelled(written: Path) -> None:
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert len([tag for tag, _ in page.found if tag == "img"]) == EXAMPLES + 2
+    scores = json.loads((written / "results.json").read_text())
+    for title, value in (("accuracy", f"{100 * scores['metrics']['accuracy']:.2f} %"), ("ECE", f"{scores['ece']:.4f}")):
+        assert re.search(rf">{title}</th>\s*<td[^>]*>{re.escape(value)}<", text)
 
 
 def test_names_from_data_are_text(tmp_path: Path) -> None:
@@ -249,6 +252,8 @@ def test_names_from_data_are_text(tmp_path: Path) -> None:
     batches.unreadable, batches.skipped = set(), 0
 
     class Task:
+        metrics = ClassificationTask.metrics
+
         def review(self, model: nn.Module, batches: Any) -> Review:
             return reviewed(batches)
 
@@ -282,6 +287,8 @@ def test_nothing_is_left_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
     batches.unreadable, batches.skipped = set(), 0
 
     class Task:
+        metrics = ClassificationTask.metrics
+
         def review(self, model: nn.Module, batches: Any) -> Review:
             return reviewed(batches)
 

@@ -20,7 +20,7 @@ from mpvg.data.types import Batches, NamedSamples
 from mpvg.files import atomic_text, atomic_write, check_output, csv_text, whole_folder, write_json
 from mpvg.pages import embedded, figure, fill, table
 from mpvg.runs.environment import environment, made_with
-from mpvg.tasks import Review, Reviewing, Task
+from mpvg.tasks import Metric, Review, Reviewing, Task
 from mpvg.tasks.review import Cell, Chart, Example, Table
 
 TEMPLATE = Path(__file__).with_name("mistakes.html")
@@ -63,7 +63,7 @@ def write_mistakes(
     review = task.review(model, batches)
     names = sample_names(batches, review.evaluation.images)
     with whole_folder(out.absolute()) as folder:
-        _write(folder, review, names, title=title, weights=weights, skipped=batches.skipped)
+        _write(folder, review, task.metrics, names, title=title, weights=weights, skipped=batches.skipped)
     return review
 
 
@@ -81,7 +81,14 @@ def sample_names(batches: Batches[Any], images: int) -> list[str | None]:
 
 
 def _write(
-    folder: Path, review: Review, names: Sequence[str | None], *, title: str, weights: str, skipped: int
+    folder: Path,
+    review: Review,
+    metrics: Mapping[str, Metric],
+    names: Sequence[str | None],
+    *,
+    title: str,
+    weights: str,
+    skipped: int,
 ) -> None:
     from mpvg.figures import save
     from mpvg.inference.charts import draw
@@ -112,7 +119,7 @@ def _write(
     files = sorted(path.name for path in folder.iterdir())
     parts = {
         "title": escape(title),
-        "scores": _scores(review),
+        "scores": _scores(review, metrics),
         "about": escape(f"{review.evaluation.images:,} images{left_out}; {weights}."),
         "examples": _examples(review, names),
         "parts": "".join(
@@ -127,9 +134,10 @@ def _write(
     atomic_text(folder / PAGE, fill(TEMPLATE, parts))
 
 
-def _scores(review: Review) -> str:
-    values: Mapping[str, float] = {**review.evaluation.metrics, **review.facts}
-    return table("Scores", ["", "value"], [(escape(name), [f"{value:.4f}"]) for name, value in values.items()])
+def _scores(review: Review, metrics: Mapping[str, Metric]) -> str:
+    rows = [(metrics[name].title, [metrics[name].format(value)]) for name, value in review.evaluation.metrics.items()]
+    rows += [(name.upper(), [f"{value:.4f}"]) for name, value in review.facts.items()]
+    return table("Scores", ["", "value"], [(escape(title), values) for title, values in rows])
 
 
 def _chart(chart: Chart, picture: Path) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappush, heapreplace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from mpvg.data import Batches
-from mpvg.tasks.task import Evaluation
+from mpvg.tasks.task import Evaluation, Metric
 
 EXAMPLES = 24
 """Mistakes that are shown with their image."""
@@ -121,7 +121,7 @@ class Review:
 
     evaluation: Evaluation
     facts: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers by name, such as the calibration error."""
+    """Further numbers by their abbreviation, such as `ece`, the expected calibration error."""
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     examples_title: str = "The worst images"
@@ -134,7 +134,9 @@ class Review:
 
 @runtime_checkable
 class Reviewing(Protocol):
-    """What a task has beside `Task` if it tells of mistakes."""
+    """What a task has beside the rest of `Task` if it tells of mistakes."""
+
+    metrics: ClassVar[Mapping[str, Metric]]
 
     def review(self, model: nn.Module, batches: Batches[Any]) -> Review:
         """Evaluates a model in one pass, on one process, and tells of its mistakes; errors as `Task.evaluate`."""
