@@ -42,4 +42,6 @@ def main(out: Path, epochs: int = 10, seeds: int = 5) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]))

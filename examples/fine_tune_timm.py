@@ -57,6 +57,8 @@ def main(out: Path, name: str, weights: Path, data: Path, epochs: int = 4) -> fl
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
     chosen = (sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])) if len(sys.argv) > 2 else make_inputs(folder)

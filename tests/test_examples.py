@@ -79,3 +79,11 @@ print(json.dumps([address, shared, found, refused]))
     assert said == pytest.approx(dict(prediction.classes), abs=1e-6)  # type: ignore[attr-defined]
     assert "cannot be read" in refused
     assert len((EXAMPLES / "gradio_app.py").read_text().splitlines()) < 50
+
+
+@pytest.mark.parametrize("name", ["first_run", "compare_methods", "fine_tune_timm", "onnx_runtime", "gradio_app"])
+def test_an_example_without_arguments_says_what_it_needs(name: str) -> None:
+    ended = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"python {name}.py " in ended.stderr
+    assert "Traceback" not in ended.stderr
