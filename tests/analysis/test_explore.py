@@ -301,11 +301,11 @@ def test_a_run_without_its_data_takes_uploads(explored: ExploredRun, tmp_path: P
 
 def test_a_run_of_another_task_is_refused(explored: ExploredRun) -> None:
     class Dense:
-        config = explored.run.config
+        config = replace(explored.run.config, task="detection")
         path = explored.run.path
 
         def task(self) -> object:
             return object()
 
-    with pytest.raises(ValueError, match=r"the explorer shows probabilities of classes; give a run of classification"):
+    with pytest.raises(ValueError, match=r" is a run of detection; give a run of classification"):
         ExploredRun(Dense())

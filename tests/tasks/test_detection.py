@@ -343,6 +343,12 @@ def used(whole: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert drawn.size == (128, 128)
     results = json.loads((tmp_path / "found/000001.png.json").read_text())
     assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()
+    capsys.readouterr()
+    for command in ("analyze RUN", "explore RUN", "resolutions RUN --sizes 64", "readout digits RUN"):
+        assert main([str(whole) if word == "RUN" else word for word in command.split()]) == 2
+        said = capsys.readouterr().err
+        assert said.endswith(f"{whole} is a run of detection; give a run of classification\n"), said
+        assert said.count("\n") == 1
 
 
 def test_objects_are_named_and_drawn(data: Data) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpvg.analysis.findings import Estimate, parts
 from mpvg.analysis.probe import LAST, comparable_pe, patch_tokens
 from mpvg.analysis.sensitivity import change_delivery, pe_at, place_names, replace_pe, shifted
+from mpvg.analysis.trained import check_classification
 from mpvg.data import Batches, read_image
 from mpvg.data.types import NamedSamples
 from mpvg.delivery import DeliveredPE
@@ -19,7 +20,6 @@ from mpvg.models.network import DeliveredNetwork, delivered_network
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.statistics import MeanCorrelation
-from mpvg.tasks import Ranking
 from mpvg.validation import check, shown
 
 INPUT = "input"
@@ -103,13 +103,8 @@ class ExploredRun:
     """
 
     def __init__(self, run: Run, which: Which = "last", *, ema: bool = False) -> None:
-        task = run.task()
-        if not isinstance(task, Ranking):
-            raise ValueError(
-                f"{run.path} is a run of task {run.config.task!r}, and the explorer shows probabilities of classes; "
-                "give a run of classification"
-            )
-        self.run, self._preprocess = run, task.preprocess()
+        check_classification(run)
+        self.run, self._preprocess = run, run.preprocess()
         self.device = run.device
         self.model = run.model(which, ema=ema).to(self.device)
         self.shapes = receiving(self.model)

@@ -16,7 +16,7 @@ from mpvg.analysis.findings import AnalyzedRun, Findings, RunsByConfig, Scores, 
 from mpvg.analysis.probe import MAX_SAMPLES, ProbeResult, collect
 from mpvg.analysis.sensitivity import CachedBatches, measure_sensitivity
 from mpvg.analysis.sentences import make_sentences, references_of
-from mpvg.analysis.trained import BATCH
+from mpvg.analysis.trained import BATCH, check_classification
 from mpvg.config import RunConfig
 from mpvg.files import atomic_text, csv_text, write_json
 from mpvg.models.own import network_error
@@ -94,8 +94,9 @@ def analyze_run(run: Run, options: Options) -> AnalyzedRun:
 
     Raises:
         FileNotFoundError: the checkpoint or the data are missing.
-        ValueError: weights or data are damaged, or do not fit the network.
+        ValueError: weights or data are damaged, or do not fit the network, or the run is of another task.
     """
+    check_classification(run)
     device = run.device
     model, untrained_model = (
         network.to(device) for network in (run.model(options.which, ema=options.ema), run.initial_model())

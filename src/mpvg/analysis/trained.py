@@ -16,6 +16,7 @@ from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which, describe_weights
 from mpvg.runs.run import evaluation_device
 from mpvg.seeding import seed_everything
+from mpvg.tasks import Ranking
 from mpvg.validation import shown, unknown_name
 
 BATCH = 32
@@ -125,7 +126,7 @@ def check_classification(run: Run) -> None:
     Raises:
         ValueError: naming the task.
     """
-    if run.config.task != "classification":
+    if not isinstance(run.task(), Ranking):
         raise ValueError(f"{run.path} is a run of {run.config.task}; give a run of classification")
 
 
