@@ -1,6 +1,7 @@
 """Anyone's run folders as a table: grouping by the one difference, and refusals."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_other_data_torch_or_hardware_must_be_asked_for(root: Path, file: str, f
 def test_an_incomplete_run_is_refused(root: Path) -> None:
     (root / "pvg1" / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"pvg1 is not complete; continue it with `mpvg train --resume"):
+        compare(runs(root))
+
+
+def test_a_run_whose_metric_is_no_number_is_refused(root: Path) -> None:
+    file = root / "pvg1" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"nll": math.nan}))
+    with pytest.raises(ValueError, match=r"pvg1: nll is nan, which cannot be tested; leave it out"):
+        compare(runs(root))
+
+
+def test_a_damaged_environment_is_named(root: Path) -> None:
+    (root / "pvg1" / "environment.json").write_text("x")
+    with pytest.raises(ValueError, match=r"environment.json is missing or damaged .*; restore it"):
         compare(runs(root))
 
 

@@ -57,6 +57,7 @@ def test_every_arm_has_a_seed_before_one_has_the_next(study: Study) -> None:
         ("margins: {nll: 0.02, accuracy: 0.01}", "margins: {}", "margins is {}; allowed: metric -> number > 0"),
         ("  tiny:", "  huge:", "scales is ['huge']; allowed: tiny, small, paper"),
         ("  pvg: {label", "  ../pvg: {label", "allowed as a name"),
+        ("scales:", "scales:\n  paper: {}", "tiny, small, paper, each with a setting"),
         ("study: mini", "study: ../mini", "study has '../mini'; allowed as a name: letters"),
         ("  pvg: {label", "  gap: {label", "it has the key gap twice"),
         ("question:", "qestion:", "unknown key 'qestion'; did you mean question"),

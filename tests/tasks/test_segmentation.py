@@ -275,6 +275,7 @@ def test_a_batch_without_a_labelled_pixel_has_a_finite_loss() -> None:
     [
         ({"batch_size": 1}, "batch_size 1 with accumulate 1 trains on one image at once, of which UperNet's pooling"),
         ({"accumulate": 2}, "batch_size 2 with accumulate 2 trains on one image at once"),
+        ({"batch_size": 3, "accumulate": 2}, "batch_size 3 with accumulate 2 trains on one image at once"),
         ({"task_options": {"crop": 100}}, "task_options.crop is 100; allowed: a multiple of 32, at least that"),
         ({"task_options": {"crop": 64, "stride": 65}}, "task_options.stride is 65; allowed: at most the crop, 64"),
         ({"task_options": {"scales": []}}, "task_options.scales is (); allowed: one or more numbers in [0.1, 8]"),

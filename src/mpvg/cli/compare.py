@@ -1,5 +1,6 @@
 """`mpvg compare`: run folders against one another."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def compare(arguments: list[str]) -> int:
         is_run = (run / "config.yaml").exists()
         paths += [run] if is_run else [state.path for state in find_runs(run)]
     margins = dict(_margin(text) for text in given.margin)
+    if len(margins) < len(given.margin):
+        raise ValueError(f"--margin is {', '.join(given.margin)}; allowed: one for each metric, chosen before the runs")
     results = comparison.compare(paths, reference=given.reference, margins=margins, allow=given.allow)
     texts = tables.render(results)
     for form_name, file in (
@@ -68,6 +71,6 @@ def _margin(text: str) -> tuple[str, float]:
         number = float(value)
     except ValueError:
         number = 0.0
-    if not number > 0:
+    if not 0 < number < math.inf:
         raise ValueError(f"--margin is {text!r}; allowed: METRIC=VALUE with a number > 0, such as nll=0.01")
     return name, number

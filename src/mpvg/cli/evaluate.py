@@ -23,7 +23,7 @@ def evaluate(arguments: list[str]) -> int:
     add_data(parser)
     parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
     parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
-    parser.add_argument("--method", default="default", help="with --recipe: the method of the file (default: default)")
+    parser.add_argument("--method", help="with --recipe: the method of the file (default: default)")
     parser.add_argument("--out", metavar="DIR", help="new folder for the mistakes: mistakes.html, CSV, PNG, JSON")
     add_model(parser)
     given = parser.parse_args(arguments)
@@ -34,6 +34,8 @@ def evaluate(arguments: list[str]) -> int:
         check_output(out)
     if given.recipe is not None:
         return _evaluate_file(given, out)
+    if given.method is not None:
+        raise ValueError("--method is for a file of weights, with --recipe; a run has its own: leave it out")
     use_models_of_runs(given.model, [given.run])
 
     from mpvg import runs
@@ -81,7 +83,7 @@ def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
     from mpvg.runs.memory import evaluation_cure, memory_errors
     from mpvg.runs.weights import weights_run
 
-    config = replace(find(given.recipe, given.data), method=parse_method(given.method))
+    config = replace(find(given.recipe, given.data), method=parse_method(given.method or "default"))
     use_models(given.model, {f"the recipe {given.recipe}": config.model})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = given.batch_size or config.batch_size

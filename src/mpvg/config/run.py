@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from mpvg.config.parts import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig
-from mpvg.validation import build, check, check_choices
+from mpvg.validation import build, check, check_choices, shown
 
 FORMAT = 2
 """Format of the run folders that are written now."""
@@ -111,6 +111,11 @@ class RunConfig:
         check_choices(self, "")
         for name in ("epochs", "batch_size", "accumulate"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
+        if self.model.startswith("timm/") and ":" in self.model:
+            raise ValueError(
+                f"model is {shown(self.model)}, which is looked up elsewhere each time that the run is opened; "
+                "give the name of timm's network, and its weights with network.init=FILE"
+            )
         steps = self.steps_per_epoch
         check("steps_per_epoch", steps, steps is None or steps >= 1, "a whole number >= 1")
         check("lr", self.lr, self.lr > 0, "a number > 0")
@@ -207,7 +212,10 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in flat.items():
         part, _, inner = name.rpartition(".")
-        (values.setdefault(part, {}) if part else values)[inner] = value
+        parent = values.setdefault(part, {}) if part else values
+        if not isinstance(parent, dict):
+            raise ValueError(f"unknown config key {shown(name)}: {part} has no fields")
+        parent[inner] = value
     return values
 
 

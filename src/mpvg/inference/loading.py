@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mpvg.files import check_regular
 from mpvg.inference.hub import read_hub_folder
-from mpvg.inference.preprocessing import read_preprocessing
+from mpvg.inference.preprocessing import FILE, read_preprocessing
 from mpvg.inference.programs import FILES, INPUT, PRECISION, from_extra
 from mpvg.models.fold import fold
 from mpvg.validation import shown
@@ -88,6 +89,10 @@ def load_export(path: str | Path) -> Exported:
     kind, file = values["kind"], folder / values["file"]
     if kind not in KINDS:
         raise ValueError(f"{folder} holds an export of kind {shown(kind)}; allowed: {', '.join(KINDS)}")
+    if kind != HUB and file.name != FILES[kind]:
+        raise ValueError(
+            f"{folder / FILE}: file is {shown(file.name)}; allowed for {kind}: {FILES[kind]}; export again"
+        )
     if path not in (folder, file) and path.resolve() != file.resolve():
         raise ValueError(f"{path} is not the network of {folder}, which is {file.name}; give the folder")
     if not file.is_file():
@@ -97,8 +102,8 @@ def load_export(path: str | Path) -> Exported:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return ValueError(f"{file} cannot be loaded ({shown(lines[0])}); export the run again")
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return ValueError(f"{file} cannot be loaded ({shown(lines[-1])}); export the run again")
 
 
 def _load_onnx(file: Path) -> Compute:
@@ -135,6 +140,8 @@ def _load_openvino(file: Path) -> Compute:
 
 def _load_program(file: Path) -> Compute:
     try:
+        if not is_zipfile(file):  # torch would log a traceback
+            raise ValueError("it is no zip file")
         module = torch.export.load(file).module()
     except Exception as error:  # of the zip file, its JSON or its tensors
         raise _damaged(file, error) from error

@@ -134,7 +134,7 @@ def _check(values: Any, file: Path) -> None:
     again = "export the run again"
     if not isinstance(values, dict) or type(values.get("format")) is not int:
         raise ValueError(f"{file} has no format; {again}")
-    if values["format"] > FORMAT:
+    if not 1 <= values["format"] <= FORMAT:
         raise ValueError(f"{file} has format {values['format']}, and this version of mpvg reads 1 to {FORMAT}; update")
     for name, kind in _NEEDED.items():
         if not isinstance(values.get(name), kind):
@@ -154,6 +154,9 @@ def _problem(values: Mapping[str, Any]) -> str | None:
     for name, allowed in _allowed(values).items():
         if type(values.get(name)) not in (int, str) or values[name] not in allowed:
             return f"{name} is {shown(values.get(name))}; allowed: {_in_words(allowed)}"
+    multiple = values.get("multiple_of")
+    if multiple is not None and not _is_pair(multiple):
+        return f"multiple_of is {shown(multiple)}; allowed: null, or two whole numbers >= 1"
     pixels = values.get("mean_image")
     if pixels is not None and (not isinstance(pixels, list) or len(pixels) != math.prod((channels, height, width))):
         return "mean_image has another size than the images"
@@ -161,6 +164,10 @@ def _problem(values: Mapping[str, Any]) -> str | None:
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or min(values["std"]) <= 0:
         return "mean, std and mean_image must be finite numbers, and std more than 0"
     return None if all(isinstance(name, str) for name in values["class_names"]) else "class_names must be texts"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and [type(one) is int and one >= 1 for one in value] == [True, True]
 
 
 def _in_words(allowed: Sequence[Any]) -> str:

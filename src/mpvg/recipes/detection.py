@@ -44,7 +44,7 @@ def coco_mask_rcnn_vit_adapter_tiny() -> RunConfig:
             weight_decay=0.05,
             schedule="multistep",
             milestones=(27.0, 33.0),
-            warmup_epochs=500 / 14_658,  # 500 steps of 117,266 images by 8
+            warmup_steps=500,
             warmup_lr=1e-7,
         ),
         loader=LoaderConfig(workers=4),

@@ -9,7 +9,8 @@ from mpvg.config import UNCOUNTED, flatten
 from mpvg.delivery import as_spec, describe_spec
 from mpvg.files import read_regular
 from mpvg.runs import Run, load
-from mpvg.study.ledger import Row, config_differences
+from mpvg.runs.reading import RESTORE
+from mpvg.study.ledger import Row, check_finite, config_differences
 from mpvg.study.plan import Arm, Contrast, Setting, Study
 from mpvg.study.results import StudyResults, collect
 from mpvg.tasks import task_class
@@ -82,7 +83,10 @@ def _read(path: Path) -> _Given:
     summary = run.summary()
     if summary is None:
         raise ValueError(f"{path} is not complete; continue it with `mpvg train --resume {path}`, or leave it out")
-    made = parse_json(read_regular(path / "environment.json", 2**20))
+    try:
+        made = parse_json(read_regular(path / "environment.json", 2**20))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / 'environment.json'} is missing or damaged ({error}); {RESTORE}") from error
     made = made if isinstance(made, dict) else {}
     versions = made["versions"] if isinstance(made.get("versions"), dict) else {}
     config, task = run.config, task_class(run.config.task)
@@ -113,6 +117,7 @@ def _read(path: Path) -> _Given:
     fields = {
         name: value for name, value in flatten(config.to_dict()).items() if name.split(".")[0] not in _NOT_COMPARED
     }
+    check_finite(path, row.metrics)
     return _Given(run, row, fields | {"method": describe_spec(as_spec(config.method))})
 
 

@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,13 @@ def config_differences(config: RunConfig) -> dict[str, Any]:
 def _plain_defaults() -> dict[str, Any]:
     """The defaults against which rows keep differences, as nested values."""
     return {name: value for name, value in digest_defaults().items() if "." not in name}
+
+
+def check_finite(run: Path, metrics: Mapping[str, float]) -> None:
+    """Refuses a run with a metric that no test can take."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{run}: {name} is {value}, which cannot be tested; leave it out")
 
 
 def read_ledger(path: Path) -> list[Row]:

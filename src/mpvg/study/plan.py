@@ -233,13 +233,14 @@ def _check(study: Study) -> None:
             if name not in arms:
                 raise ValueError(f"{place}: {unknown_name('arm', name, arms)}")
     for contrast in study.contrasts:
-        total = math.fsum(contrast.weights.values())
-        fits = len(contrast.weights) >= 2 and abs(total) < 1e-9 and all(contrast.weights.values())
+        weights = contrast.weights.values()
+        fits = len(weights) >= 2 and abs(math.fsum(weights)) < 1e-9 and all(weights)
         check(f"contrasts.{contrast.name}.weights", contrast.weights, fits, "weights other than 0 that add up to 0")
     if len(study.contrasts) > MAX_CONTRASTS:
         raise ValueError(f"contrasts are {len(study.contrasts)}; allowed: at most {MAX_CONTRASTS}, chosen before a run")
     check("margins", study.margins, bool(study.margins) and min(study.margins.values()) > 0, "metric -> number > 0")
-    check("scales", list(study.scales), bool(study.scales) and set(study.scales) <= set(SCALES), ", ".join(SCALES))
+    known = bool(study.scales) and set(study.scales) <= set(SCALES) and all(study.scales.values())
+    check("scales", list(study.scales), known, f"{', '.join(SCALES)}, each with a setting")
     for arm in study.arms:
         check(f"arms.{arm.name}.first_seed", arm.first_seed, 0 <= arm.first_seed < 2**30, "a whole number in [0, 2^30)")
     for scale, settings in study.scales.items():
@@ -345,6 +346,5 @@ def _pretraining(setting: Setting) -> Setting | None:
     given = {"name": f"{setting.name}.pretrain", "seeds": setting.seeds, **setting.pretrain}
     for name in setting.pretrain:
         if name not in ("recipe", "set"):
-            place = f"scales.{setting.name}.pretrain"
-            raise ValueError(f"{place}: {unknown_name('key', name, ('recipe', 'set'), near=1)}")
+            raise ValueError(f"{given['name']}: {unknown_name('key', name, ('recipe', 'set'), near=1)}")
     return build(Setting, given, f"scales.{setting.name}.pretrain.")

@@ -3,14 +3,13 @@
 Workers of one or several commands, on one or several machines with a common file system, share a study.
 """
 
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ from mpvg.runs.lock import RunLockedError
 from mpvg.runs.pointers import CHECKSUMS
 from mpvg.runs.reading import MAX_JSON_BYTES
 from mpvg.study.folder import StudyFolder, open_folder
-from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
+from mpvg.study.ledger import Row, append_row, check_finite, config_differences, read_ledger
 from mpvg.study.measures import measure
 from mpvg.study.plan import Cell
 from mpvg.tasks import task_class
@@ -79,7 +78,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         summary = _train_or_resume(with_init_file(started))
         values |= _of_summary(summary, config.task)
         values["metrics"] |= measure(out, folder.study.margins)
-        _check_finite(out, values["metrics"])
+        check_finite(out, values["metrics"])
         values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}
@@ -104,12 +103,6 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         config=config_differences(config),
         **values,
     )
-
-
-def _check_finite(run: Path, metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{run}: {name} is {value}, which cannot be tested; leave it out of the study's margins")
 
 
 def _train_or_resume(config: RunConfig) -> dict[str, Any]:

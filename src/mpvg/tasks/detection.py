@@ -47,6 +47,8 @@ class DetectionOptions(DetectionSizes):
         sides = (*self.short_sides, *self.first_sides, *self.crop_sides)
         check("task_options.short_sides", self.short_sides, bool(self.short_sides), "at least one side")
         check("the sides in task_options", sides, min(sides) >= 1, "whole numbers >= 1")
+        crop = self.crop_sides
+        check("task_options.crop_sides", crop, tuple(sorted(crop)) == tuple(crop), "the smallest side first")
         anchors = self.anchor_sizes
         good = len(anchors) == len(PAPER_ANCHORS) and min(anchors) > 0
         check("task_options.anchor_sizes", anchors, good, "five numbers > 0, one for each stride")

@@ -136,7 +136,8 @@ class SegmentationTask:
     def __init__(self, config: RunConfig, info: DataInfo, options: SegmentationOptions) -> None:
         if not info.class_names:
             raise ValueError(f"{info.name} has no classes, so no pixel has one; give data with class names")
-        if math.ceil(config.batch_size / config.accumulate) < 2:
+        part = math.ceil(config.batch_size / config.accumulate)
+        if min(part, config.batch_size % part or part) < 2:
             raise ValueError(
                 f"batch_size {config.batch_size} with accumulate {config.accumulate} trains on one image at once, of "
                 "which UperNet's pooling makes one pixel that BatchNorm cannot normalize; allowed: 2 or more at once"
@@ -186,7 +187,9 @@ class SegmentationTask:
         Raises:
             ValueError: no image can be read, or no pixel of them is of a class.
         """
-        table, images = self.confusion(model, batches)
+        # DistributedDataParallel would exchange buffers at a forward pass, of which a process without images has none.
+        network = model if accelerator is None else accelerator.unwrap_model(model)
+        table, images = self.confusion(network, batches)
         if accelerator is not None and accelerator.num_processes > 1:
             table, images = (accelerator.reduce(part, reduction="sum") for part in (table, images))
         if not int(images):
