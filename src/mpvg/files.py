@@ -41,7 +41,7 @@ def check_regular(path: str | os.PathLike[str], mode: int | None = None, *, limi
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise ValueError(f"{path} is {kind}, not a regular file; a file must be there")
+        raise ValueError(f"{path} is {kind}, not a regular file; remove it, or put a file in its place")
 
 
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:

@@ -4,10 +4,12 @@ import argparse
 import collections
 import logging
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -285,6 +287,17 @@ def test_weights_are_found_in_what_training_scripts_save(entries: tuple[str, ...
     found = through(saved | rest, tmp_path / "checkpoint.pth.tar")
     assert found.keys() == {"w"}
     assert torch.equal(found["w"], torch.full((2,), entries.index(taken)))
+
+
+@pytest.mark.parametrize("core", [b"_core", b"core"])  # numpy 2 and 1
+def test_numbers_of_numpy_beside_the_weights_are_read(core: bytes, tmp_path: Path) -> None:
+    """As mmsegmentation's best score in `meta`."""
+    file, written = tmp_path / "checkpoint.pth", tmp_path / "written.pth"
+    torch.save({"meta": {"best": np.float64(0.4)}, "state_dict": {"w": torch.ones(1)}}, written)
+    with zipfile.ZipFile(written) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"numpy._core.", b"numpy." + core + b"."))
+    assert read_tensors(file).keys() == {"w"}
 
 
 def test_a_state_dict_by_itself_is_read_as_it_is(tmp_path: Path) -> None:

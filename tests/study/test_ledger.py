@@ -12,6 +12,7 @@ from mpvg.recipes import recipe
 from mpvg.study.folder import make_folder
 from mpvg.study.ledger import Row, append_row, config_differences, read_ledger
 from mpvg.study.plan import Study
+from mpvg.study.replay import choose_row
 from study_text import row_values, write_ledger
 
 
@@ -102,3 +103,12 @@ def test_a_row_of_another_plan_is_refused_and_nothing_is_lost(study: Study, tmp_
         folder.missing()
     assert "give another --out, or the study that it was run with" in str(caught.value)
     assert folder.ledger.read_text() == content
+
+
+def test_a_row_with_a_metric_that_nobody_knows_is_not_run_again(tmp_path: Path) -> None:
+    config = recipe("digits")
+    made = {"config": config_differences(config), "digest": config.digest(), "seed": config.seed}
+    values = row_values("gap", 0) | made | {"metrics": {"nll": 1.0, "foo": 2.0}}
+    write_ledger(tmp_path / "ledger.jsonl", [values])
+    with pytest.raises(ValueError, match=r"ledger.jsonl, line 1: unknown metric 'foo'. Known: accuracy"):
+        choose_row(tmp_path / "ledger.jsonl", 1)

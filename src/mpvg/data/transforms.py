@@ -35,7 +35,7 @@ def image_pipeline(config: RunConfig, info: DataInfo, split: Split, device: torc
     if named and NAMED_SETS[info.name].place_is_class:
         _check_places(config.augment, info.name)
     if info.in_chans != 3 and not on_device:
-        cure = "leave it out" if named else "register a task whose make_pipeline takes gray images (docs/own.md)"
+        cure = "leave it out" if named else "its format needs a pipeline of its own, in a task (docs/own.md)"
         raise ValueError(
             f"augment.pipeline is {chosen!r}, whose transforms are for color images; {info.name} is gray: {cure}"
         )

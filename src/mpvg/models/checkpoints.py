@@ -1,5 +1,6 @@
 """Loads weights from files into networks; no code in a file is executed."""
 
+import _codecs
 import argparse
 import logging
 import pickle
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
@@ -37,6 +39,14 @@ _KINDS = {
     ".pdparams": "a Paddle file",
 }
 """Endings of files of weights that are not PyTorch's."""
+_SCALAR = np.float64(0).__reduce__()[0]  # numpy's function for a single number
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "bool"))),
+    _codecs.encode,  # of the bytes of a number
+]
+"""What is read beside tensors and plain containers: the settings that training scripts save, and numpy's numbers."""
 
 _THROUGH_TIMM = (
     "if timm can load it, save its tensors from there: safetensors.torch.save_file(timm.create_model(NAME, "
@@ -106,8 +116,8 @@ def adapt_state_dict(content: Mapping[str, Any], model: nn.Module, grid: Grid | 
 def read_tensors(path: str | Path, content: bytes | None = None) -> dict[str, Tensor]:
     """Reads the weights in a .safetensors file, or in a file of `torch.save`, onto the CPU.
 
-    From a pickled file only tensors, plain containers, numbers and text are read (`weights_only`), and the
-    `argparse.Namespace` that training scripts save with their weights. The entries in `ENTRIES` are looked up, the
+    From a pickled file only tensors, plain containers, numbers (also numpy's) and text are read (`weights_only`), and
+    the `argparse.Namespace` that training scripts save with their weights. The entries in `ENTRIES` are looked up, the
     prefixes of DistributedDataParallel and torch.compile are removed, and names of earlier versions are replaced.
 
     Args:
@@ -164,7 +174,7 @@ def _read(path: Path, content: bytes | None) -> Any:
             return load(content)
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         reason = named(str(error))

@@ -12,6 +12,7 @@ from mpvg.statistics import CONFIDENCE_LEVEL
 from mpvg.study.ledger import Row, read_ledger
 from mpvg.study.measures import measure, study_metrics
 from mpvg.study.runner import weights_hash
+from mpvg.validation import unknown_name
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ def choose_row(ledger: Path, number: int) -> tuple[Row, list[Row]]:
         raise ValueError(f"--row is {number}; allowed: 1 to {len(rows)}, the lines of {ledger}")
     row = rows[number - 1]
     others = [r for r in rows if (r.setting, r.arm, r.status) == (row.setting, row.arm, "done") and r is not row]
+    known = study_metrics(row.run_config().task)
+    for name in row.metrics:
+        if name not in known:
+            raise ValueError(f"{ledger}, line {number}: {unknown_name('metric', name, known)}")
     return row, others
 
 
@@ -72,7 +77,7 @@ def replay(row: Row, others: list[Row], out: Path, study: Path) -> Replay:
     metrics = study_metrics(config.task)
     lines, inside = [], True
     for name, value in row.metrics.items():
-        low, high = _prediction_interval([other.metrics[name] for other in others])
+        low, high = _prediction_interval([other.metrics[name] for other in others if name in other.metrics])
         within = value == summary[name] or low <= summary[name] <= high
         inside = inside and within
         spread = (

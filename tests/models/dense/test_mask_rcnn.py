@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
@@ -339,3 +340,17 @@ def test_a_file_of_other_classes_is_refused(detector: MaskRCNN, tmp_path: Path) 
     save_file(official_names(largest.state_dict()), file)  # it has more rows than ours have with the background
     with pytest.raises(ValueError, match=r"does not fit: roi_head\.bbox_head\.fc_cls\.bias is \(81,\)"):
         load_official(detector, file, OFFICIAL)
+
+
+def test_layers_and_heads_have_rates_of_their_own(detector: MaskRCNN) -> None:
+    groups = param_groups_layer_decay(detector, 0.0, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in detector.named_parameters()}
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    inside = "backbone.body.vit."
+    depth = 1 + max(int(name.split(".")[4]) for name in scales if name.startswith(f"{inside}blocks."))
+    for name, scale in scales.items():
+        layer = re.match(rf"{inside}(?:blocks|delivery\.layer_norms)\.(\d+)\.", name)
+        stem = name.startswith((f"{inside}pos_embed", f"{inside}patch_embed"))
+        assert scale == 0.5 ** (depth + 1 if stem else depth - int(layer[1]) if layer else 0), name
+    heads = set(map(id, detector.get_classifier().parameters()))
+    assert {names[one].split(".")[0] for one in heads} == {"roi_heads"}

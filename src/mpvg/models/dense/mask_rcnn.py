@@ -20,7 +20,7 @@ from mpvg.models.adapting import LoadReport
 from mpvg.models.dense.official import BACKBONE, Change, Part
 from mpvg.models.dense.proposals import ANCHOR_STRIDES, ProposalNetwork
 from mpvg.models.dense.regions import RegionHeads
-from mpvg.models.dense.trunk import STRIDES, DenseBackbone
+from mpvg.models.dense.trunk import STRIDES, DenseBackbone, layer_groups
 
 
 def _background_first(given: Tensor, own: Tensor) -> Tensor:
@@ -162,6 +162,15 @@ class MaskRCNN(GeneralizedRCNN):  # type: ignore[misc]  # torchvision has no typ
         """The raw PE and the embedding of the levels; biases and norms have none either."""
         names = (name for name, _ in self.named_parameters())
         return {name for name in names if "pos_embed" in name or "level_embed" in name}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """See `trunk.layer_groups`."""
+        return layer_groups("backbone.body.vit.")
+
+    def get_classifier(self) -> nn.Module:
+        """The box and mask heads, which `optim.body_lr` takes for the head."""
+        heads: nn.Module = self.roi_heads
+        return heads
 
     @property
     def body(self) -> DenseBackbone:

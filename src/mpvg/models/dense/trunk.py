@@ -1,5 +1,6 @@
 """A vision transformer that gives tokens of images of any size to a dense network, and has no read-out of its own."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,6 +47,22 @@ _NO_READOUT = "a dense network has no read-out"
 _DROPPED = dict.fromkeys(("cls_token", "dist_token", "reg_token"), _NO_TOKEN)
 _DROPPED |= {f"{name}.{part}": _NO_READOUT for name in ("head", "head_dist") for part in ("weight", "bias")}
 _DROPPED |= {f"{name}.{part}": _NO_LAST for name in ("norm", "fc_norm") for part in ("weight", "bias")}
+
+
+def layer_groups(transformer: str) -> dict[str, Any]:
+    """timm's groups for layer decay: the layers of the transformer; adapter and heads are in the last group.
+
+    Args:
+        transformer: the name that its parameters begin with.
+
+    Source:
+        czczup/ViT-Adapter, `segmentation/mmcv_custom/layer_decay_optimizer_constructor.py`.
+    """
+    inside = "^" + re.escape(transformer)
+    return {
+        "stem": inside + r"(?:pos_embed|patch_embed|norm_pre)",
+        "blocks": [(inside + r"(?:blocks|delivery\.layer_norms)\.(\d+)", None)],
+    }
 
 
 class DenseBackbone(nn.Module):

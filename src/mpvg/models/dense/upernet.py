@@ -11,7 +11,7 @@ from mpvg.delivery import DeliverySpec
 from mpvg.models.adapting import LoadReport
 from mpvg.models.dense.official import BACKBONE, Part
 from mpvg.models.dense.quiet import quiet_import
-from mpvg.models.dense.trunk import STRIDES, DenseBackbone
+from mpvg.models.dense.trunk import STRIDES, DenseBackbone, layer_groups
 
 DROPOUT = 0.1
 """Of whole channels, before each classifier."""
@@ -98,16 +98,8 @@ class UperNet(nn.Module):
         return self.backbone.load_report
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer decay: the layers of the transformer; adapter and heads are in the last group.
-
-        Source:
-            czczup/ViT-Adapter, `segmentation/mmcv_custom/layer_decay_optimizer_constructor.py`.
-        """
-        inside = r"^backbone\.vit\."
-        return {
-            "stem": inside + r"(?:pos_embed|patch_embed|norm_pre)",
-            "blocks": [(inside + r"(?:blocks|delivery\.layer_norms)\.(\d+)", None)],
-        }
+        """See `trunk.layer_groups`."""
+        return layer_groups("backbone.vit.")
 
     def no_weight_decay(self) -> set[str]:
         """None but the parameters of one dimension: the original decays the PE and the embeddings of the levels too."""
