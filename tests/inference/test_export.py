@@ -322,8 +322,10 @@ def test_what_is_no_export_is_refused(run: Run, out: Path, tmp_path: Path) -> No
         ({"class_names": [0] * 10}, "class_names must be texts"),
         ({"resize_to": None}, "resize_to is None; allowed: a whole number; export"),
         ({}, r"model.onnx cannot be loaded \("),
-        ({"kind": "openvino"}, r"model.onnx cannot be loaded \("),
-        ({"kind": "torch-export"}, r"model.onnx cannot be loaded \("),
+        ({"kind": "openvino"}, r"model.onnx cannot be loaded \(the file of openvino is model.xml"),
+        ({"kind": "torch-export"}, r"model.onnx cannot be loaded \(the file of torch-export is model.pt2"),
+        ({"multiple_of": -1}, "multiple_of is -1; allowed: null, or two whole numbers >= 1; export"),
+        ({"format": -1}, "has format -1, and this version of mpvg reads 1 to 1"),
         ({"kind": "hub-folder"}, "is no hub folder: config.json is missing"),
     ):
         (bare / "preprocess.json").write_text(json.dumps(values | change))

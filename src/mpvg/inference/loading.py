@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpvg.files import check_regular
 from mpvg.inference.hub import read_hub_folder
-from mpvg.inference.preprocessing import FILE, read_preprocessing
+from mpvg.inference.preprocessing import read_preprocessing
 from mpvg.inference.programs import FILES, INPUT, PRECISION, from_extra
 from mpvg.models.fold import fold
 from mpvg.validation import shown
@@ -90,9 +90,7 @@ def load_export(path: str | Path) -> Exported:
     if kind not in KINDS:
         raise ValueError(f"{folder} holds an export of kind {shown(kind)}; allowed: {', '.join(KINDS)}")
     if kind != HUB and file.name != FILES[kind]:
-        raise ValueError(
-            f"{folder / FILE}: file is {shown(file.name)}; allowed for {kind}: {FILES[kind]}; export again"
-        )
+        raise ValueError(f"{file} cannot be loaded (the file of {kind} is {FILES[kind]}); export the run again")
     if path not in (folder, file) and path.resolve() != file.resolve():
         raise ValueError(f"{path} is not the network of {folder}, which is {file.name}; give the folder")
     if not file.is_file():
