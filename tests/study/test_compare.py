@@ -108,7 +108,7 @@ def test_an_incomplete_run_is_refused(root: Path) -> None:
 def test_a_run_whose_metric_is_no_number_is_refused(root: Path) -> None:
     file = root / "pvg1" / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"nll": math.nan}))
-    with pytest.raises(ValueError, match=r"pvg1: nll is nan, which cannot be tested; leave it out"):
+    with pytest.raises(ValueError, match=r"pvg1: nll is nan, which cannot be tested; leave the run out"):
         compare(runs(root))
 
 

@@ -47,7 +47,7 @@ def test_a_metric_that_is_not_finite_is_refused_before_the_ledger(
 ) -> None:
     folder = make_folder(tmp_path / "out", parse_study(TEXT.encode(), "mini.yaml"), "tiny", seeds=1)
     monkeypatch.setattr(runner, "measure", lambda *_: {"r": math.nan})
-    with pytest.raises(ValueError, match="r is nan, which cannot be tested; leave it out"):
+    with pytest.raises(ValueError, match="r is nan, which cannot be tested; leave it out of the study's margins"):
         runner.work(folder.path)
     assert folder.rows() == []
 

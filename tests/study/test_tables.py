@@ -191,7 +191,7 @@ def test_the_papers_tables_are_complete() -> None:
     assert set(printed_tables()) == {*(f"table{number}" for number in range(1, 7)), "fig1", "fig5"}
     for table in printed_tables().values():
         assert all(len(row) == len(table.columns) for row in table.rows.values())
-    with pytest.raises(ValueError, match="unknown table 'table9'"):
+    with pytest.raises(ValueError, match="unknown table of the paper 'table9'"):
         parse_study(TEXT.replace("reference: gap", "reference: gap\ntable: table9").encode(), "mini.yaml")
 
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run(arguments[1:])
         else:
             print(usage(), end="")
-        sys.stdout.flush()  # here, since what fails at the exit of Python is a traceback
+        print(end="", flush=True)  # here, since what fails at the exit of Python is a traceback
         return code
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
         print("\n" + printable(str(stop) or "interrupted; continue with `mpvg train --resume RUN`"), file=sys.stderr)
@@ -87,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _nobody_reads_output() -> bool:
     """Whether stdout's reader, such as `head`, has seen enough; what is left to be written is then dropped."""
     state = select.poll()
-    state.register(sys.stdout, select.POLLERR)
+    state.register(1, select.POLLERR)
     if not state.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return True
 
 

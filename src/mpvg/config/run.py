@@ -114,7 +114,7 @@ class RunConfig:
         if self.model.startswith("timm/") and ":" in self.model:
             raise ValueError(
                 f"model is {shown(self.model)}, which is looked up elsewhere each time that the run is opened; "
-                "give the name of timm's network, and its weights with network.init=FILE"
+                "give timm/<name of the architecture>, and the weights with network.init=FILE"
             )
         steps = self.steps_per_epoch
         check("steps_per_epoch", steps, steps is None or steps >= 1, "a whole number >= 1")

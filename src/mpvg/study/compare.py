@@ -117,7 +117,7 @@ def _read(path: Path) -> _Given:
     fields = {
         name: value for name, value in flatten(config.to_dict()).items() if name.split(".")[0] not in _NOT_COMPARED
     }
-    check_finite(path, row.metrics)
+    check_finite(path, row.metrics, "leave the run out")
     return _Given(run, row, fields | {"method": describe_spec(as_spec(config.method))})
 
 

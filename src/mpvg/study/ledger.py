@@ -101,11 +101,11 @@ def _plain_defaults() -> dict[str, Any]:
     return {name: value for name, value in digest_defaults().items() if "." not in name}
 
 
-def check_finite(run: Path, metrics: Mapping[str, float]) -> None:
-    """Refuses a run with a metric that no test can take."""
+def check_finite(run: Path, metrics: Mapping[str, float], cure: str) -> None:
+    """Refuses a run with a metric that no test can take; `cure`: the next step, in words."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"{run}: {name} is {value}, which cannot be tested; leave it out")
+            raise ValueError(f"{run}: {name} is {value}, which cannot be tested; {cure}")
 
 
 def read_ledger(path: Path) -> list[Row]:

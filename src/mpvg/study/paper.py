@@ -42,7 +42,7 @@ def printed_table(name: str) -> PrintedTable:
         ValueError: there is no such table.
     """
     if name not in printed_tables():
-        raise ValueError(unknown_name("table", name, printed_tables()))
+        raise ValueError(unknown_name("table of the paper", name, printed_tables()))
     return printed_tables()[name]
 
 

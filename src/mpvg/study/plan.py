@@ -343,8 +343,8 @@ def _pretraining(setting: Setting) -> Setting | None:
     """The setting of the runs that come before."""
     if setting.pretrain is None:
         return None
-    given = {"name": f"{setting.name}.pretrain", "seeds": setting.seeds, **setting.pretrain}
+    place, fixed = f"scales.{setting.name}.pretrain", {"name": f"{setting.name}.pretrain", "seeds": setting.seeds}
     for name in setting.pretrain:
         if name not in ("recipe", "set"):
-            raise ValueError(f"{given['name']}: {unknown_name('key', name, ('recipe', 'set'), near=1)}")
-    return build(Setting, given, f"scales.{setting.name}.pretrain.")
+            raise ValueError(f"{place}: {unknown_name('key', name, ('recipe', 'set'), near=1)}")
+    return build(Setting, {**fixed, **setting.pretrain}, f"{place}.")

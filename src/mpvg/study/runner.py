@@ -78,7 +78,7 @@ def run_cell(folder: StudyFolder, cell: Cell) -> Row:
         summary = _train_or_resume(with_init_file(started))
         values |= _of_summary(summary, config.task)
         values["metrics"] |= measure(out, folder.study.margins)
-        check_finite(out, values["metrics"])
+        check_finite(out, values["metrics"], "leave it out of the study's margins")
         values["weights"] = weights_hash(out)
     except training.NonFiniteLoss as error:
         values = {"status": "diverged", "reason": str(error)}

@@ -119,9 +119,7 @@ class DetectionTask:
             ValueError: no image can be read, or no object is annotated.
         """
         model.eval()
-        # DistributedDataParallel would exchange buffers at a forward pass, of which processes have different numbers.
-        network = model if accelerator is None else accelerator.unwrap_model(model)
-        truths, results = self._collect(network, batches)
+        truths, results = self._collect(model, batches)
         if accelerator is not None and accelerator.num_processes > 1:
             truths, results = gather_object(truths), gather_object(results)
         check_objects(truths)  # by every process: the others would wait for a first one that stops

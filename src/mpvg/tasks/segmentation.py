@@ -187,9 +187,7 @@ class SegmentationTask:
         Raises:
             ValueError: no image can be read, or no pixel of them is of a class.
         """
-        # DistributedDataParallel would exchange buffers at a forward pass, of which a process without images has none.
-        network = model if accelerator is None else accelerator.unwrap_model(model)
-        table, images = self.confusion(network, batches)
+        table, images = self.confusion(model, batches)
         if accelerator is not None and accelerator.num_processes > 1:
             table, images = (accelerator.reduce(part, reduction="sum") for part in (table, images))
         if not int(images):

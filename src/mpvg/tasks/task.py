@@ -133,7 +133,11 @@ class Task(Protocol[B]):
         """
 
     def evaluate(self, model: nn.Module, batches: Batches[B], accelerator: Accelerator | None = None) -> Evaluation:
-        """Scores a model on every image once, over all processes."""
+        """Scores a model on every image once, over all processes.
+
+        The model is given without DistributedDataParallel, which would exchange buffers at a forward pass: processes
+        have different numbers of them, and one may have no image at all.
+        """
 
     def preprocess(self) -> Preprocess:
         """What evaluation does to an image; needs no data set."""

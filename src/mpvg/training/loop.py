@@ -270,7 +270,7 @@ class Trainer:
         """Ends the epoch: evaluates the model, writes a line of metrics and a checkpoint."""
         progress, ema = self.progress, self.state.ema
         broadcast_buffers(self.accelerator, self.state.network, None if ema is None else ema.module)
-        trained = self.task.evaluate(self.model, self.data.val, self.accelerator)
+        trained = self.task.evaluate(self.accelerator.unwrap_model(self.model), self.data.val, self.accelerator)
         self._check_metrics(trained)
         averaged = self.task.evaluate(ema.module, self.data.val, self.accelerator) if ema is not None else None
         lr = max(group["lr"] for group in self.optimizer.param_groups)
