@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
 
 from children import shrink_canvas, start_on_small_canvas
 from mpvg.cli.main import main
@@ -80,12 +81,12 @@ class Listed:
 class Colors(nn.Module):
     """The scores of four classes are the three channels of an image and their mean, and where it is in the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, ramp: float = 3) -> None:
         super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
+        self.unused, self.ramp = nn.Parameter(torch.zeros(1)), ramp
 
     def forward(self, images: Tensor) -> PixelLogits:
-        ramp = torch.linspace(0, 3, images.shape[-1]).expand(len(images), 1, *images.shape[-2:])
+        ramp = torch.linspace(0, self.ramp, images.shape[-1]).expand(len(images), 1, *images.shape[-2:])
         return PixelLogits(torch.cat([images, images.mean(1, keepdim=True) + ramp], dim=1), None)
 
 
@@ -215,6 +216,44 @@ def test_scales_and_mirror_images_are_averaged_as_probabilities() -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@torch.inference_mode()
+def test_scales_of_an_evaluation_are_made_from_the_image_of_the_file(tmp_path: Path) -> None:
+    root = write_ade20k(tmp_path / "data", sizes=((40, 48), (90, 30), (50, 50)))
+    made = config(f"ade20k/{root}", sliding=False, scales=[0.5, 1.75], flips=True)
+    data = open_data(made, Shard(CPU), type(task()).make_pipeline)
+    ours: Any = create_task(made, data.info)
+    model = Colors(ramp=0)
+    table, images = ours.confusion(model, data.val)
+    assert int(images) == 3
+    assert (table.sum(0) > 0).sum() == 3
+    expected = torch.zeros_like(table)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.info.mean, data.info.std))
+    for file in sorted((root / "images/validation").iterdir()):
+        with Image.open(file) as picture, Image.open(root / "annotations/validation" / f"{file.stem}.png") as truth:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float()
+            labels = torch.from_numpy(np.array(truth, np.uint8)) - 1  # 0 becomes 255
+        total = torch.zeros(1, 4, *labels.shape)
+        for scale in (0.5, 1.75):
+            short, long = sorted(pixels.shape[1:])
+            factor = min(64 * scale / short, 128 * scale / long)
+            size = [int(side * factor + 0.5) for side in pixels.shape[1:]]
+            image = functional.resize(functional.resize(pixels, size, antialias=False), up(size), antialias=False)
+            image = ((image / 255 - mean) / std)[None]
+            for mirrored in (False, True):
+                logits = model(image.flip(3) if mirrored else image).decode
+                logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
+                total += (logits.flip(3) if mirrored else logits).softmax(1)
+        expected += confusion(total.argmax(1)[0], labels, 4)
+    assert torch.equal(table, expected)
+    from_preprocessed = Listed(*(batch._replace(scaled=()) for batch in data.val.epoch()))
+    assert not torch.equal(ours.confusion(model, from_preprocessed)[0], table)
+
+
+def up(size: list[int]) -> list[int]:
+    """The next multiples of 32."""
+    return [-(-side // 32) * 32 for side in size]
+
+
 def test_results_do_not_depend_on_batch_mates(tmp_path: Path) -> None:
     root = write_ade20k(tmp_path / "data", sizes=((40, 48), (64, 32), (30, 90), (50, 50)))
     found, tables = [], []
@@ -284,6 +323,7 @@ def test_a_batch_without_a_labelled_pixel_has_a_finite_loss() -> None:
         ({"task_options": {"channels": 0}}, "task_options.channels is 0; allowed: a whole number >= 1"),
         ({"task_options": {"classifier_std": 0.0}}, "task_options.classifier_std is 0.0; allowed: a number in (0, 1]"),
         ({"task_options": {"width": 1}}, "unknown config key 'task_options.width'"),
+        ({"task_options": {"vit": "timm/hf-hub:a/b"}}, "task_options.vit is 'timm/hf-hub:a/b', which is looked up"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(changes: dict[str, Any], message: str) -> None:
@@ -407,6 +447,46 @@ def test_a_run_on_a_canvas_is_killed_and_resumed_to_the_same_bits(
     assert json.loads((tmp_path / "mistakes/results.json").read_text())["metrics"]["miou"] == lines[-1]["miou"]
     assert len((tmp_path / "mistakes/predictions.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "mistakes/mistakes.html").read_text().count("<img ") == 5
+
+
+def test_a_run_is_evaluated_at_other_sizes(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main([*command, "--out", str(run)]) == 0
+    capsys.readouterr()
+    given = ["evaluate", str(run), "--task_options"]
+    said = []
+    for options in ("{}", '{"scales": [0.5, 1, 1.5], "flips": true}', '{"sliding": true, "stride": 32}'):
+        assert main([*given, options]) == 0
+        out = capsys.readouterr().out
+        assert f"on 5 images with {options}\n" in out
+        assert "selected on this set" not in out
+        said.append(out.partition(" on 5 images")[0])
+    assert said[0] != said[1] != said[2]
+    assert f"mIoU {100 * load(run).metrics()[-1]['miou']:.2f} %" in said[0]
+    file = str(run / "checkpoints/last/model.safetensors")
+    more = ["--recipe", "canvas_segmentation", "--method", "mpvg", "--data", "canvas"]
+    assert main(["evaluate", file, *more, "--task_options", '{"short_side": 64, "crop": 64, "scales": [1, 2]}']) == 0
+    assert '"scales": [1, 2]}' in capsys.readouterr().out
+    for options, message in (
+        ('{"channels": 9}', "task_options.'channels' cannot be changed after training; allowed of segmentation: short"),
+        ('{"scales": [9]}', "task_options.scales is (9,); allowed: one or more numbers in [0.1, 8]"),
+        ("[1]", "argument --task_options: '[1]' is not allowed; give a JSON object; see `mpvg evaluate --help`"),
+        ('{"scales": [1,', "is not valid JSON"),
+    ):
+        assert main([*given, options]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("vit", "width", "heads"), [("timm/vit_small_patch16_224", 384, 6), ("timm/vit_base_patch16_224", 768, 12)]
+)
+def test_another_transformer_stands_inside(vit: str, width: int, heads: int) -> None:
+    with torch.device("meta"):
+        network: Any = task(config(vit=vit)).build_model(init=False)
+    assert network.backbone.embed_dim == width
+    assert network.backbone.interactions[0].injector.attn.heads == heads
 
 
 def test_a_run_starts_from_the_folder_of_a_classifier_and_trains_heads_alone(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpvg.validation import printable
+from mpvg.validation import parse_json, printable, shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +72,17 @@ def whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a whole number >= 0")
     return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as the type of an argument."""
+    try:
+        value = parse_json(text.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not allowed; give a JSON object")
+    return value
 
 
 def add_weights(parser: argparse.ArgumentParser, default: str) -> None:

@@ -1,11 +1,12 @@
 """`mpvg evaluate`: a run's weights on a validation set."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import add_data, positive, run_parser, say
+from mpvg.cli.arguments import add_data, json_object, positive, run_parser, say
 from mpvg.cli.own import add_model, use_models, use_models_of_runs
 from mpvg.validation import printable
 
@@ -24,6 +25,9 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--batch_size", type=positive, help="images at once (default: the run's)")
     parser.add_argument("--recipe", help="RUN is a file of weights, such as an official one, of this recipe's network")
     parser.add_argument("--method", help="with --recipe: the method of the file (default: default)")
+    parser.add_argument(
+        "--task_options", type=json_object, metavar="JSON", help='other sizes or scales, such as {"flips": true}'
+    )
     parser.add_argument("--out", metavar="DIR", help="new folder for the mistakes: mistakes.html, CSV, PNG, JSON")
     add_model(parser)
     given = parser.parse_args(arguments)
@@ -40,14 +44,17 @@ def evaluate(arguments: list[str]) -> int:
 
     from mpvg import runs
     from mpvg.runs.memory import evaluation_cure, memory_errors
+    from mpvg.tasks import evaluated_with
 
     run = runs.load(given.run)
+    run = replace(run, config=evaluated_with(run.config, given.task_options or {}))
     batch, which = given.batch_size or run.config.batch_size, weights_text(run, given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
         model = run.model(given.checkpoint, ema=given.ema).to(run.device)
         line = _score(run, model, run.device, given, out, which)
     say(line, which, *([] if out is None else [f"mistakes in {out}"]))
-    if given.checkpoint == "last" and given.data is None and (beside := best_text(run, ema=given.ema)):
+    unchanged = given.data is None and given.task_options is None
+    if given.checkpoint == "last" and unchanged and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")
     return 0
 
@@ -58,6 +65,7 @@ def _score(
     """Evaluates a model and, if asked for, writes its mistakes; returns the scores as a line."""
     from mpvg.tasks import describe_metrics
 
+    options = "" if given.task_options is None else f" with {json.dumps(given.task_options)}"
     task = run.task()
     if out is not None:
         from mpvg.inference.mistakes import reviewing, write_mistakes
@@ -69,9 +77,12 @@ def _score(
         found = task.evaluate(model, validation)
     else:
         title = f"The mistakes of {Path(given.run).name} on {given.data or run.config.data}"
-        found = write_mistakes(out, tells, model, validation, title=printable(title), weights=which).evaluation
+        found = write_mistakes(
+            out, tells, model, validation, title=printable(title), weights=f"{which}{options}"
+        ).evaluation
     skipped = f", {validation.skipped} unreadable ones skipped" if validation.skipped else ""
-    return f"{given.run}: {', '.join(describe_metrics(task, found.metrics))} on {found.images} images{skipped}"
+    scores = ", ".join(describe_metrics(task, found.metrics))
+    return f"{given.run}: {scores} on {found.images} images{options}{skipped}"
 
 
 def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
@@ -82,10 +93,12 @@ def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
     from mpvg.recipes import recipe as find
     from mpvg.runs.memory import evaluation_cure, memory_errors
     from mpvg.runs.weights import weights_run
+    from mpvg.tasks import evaluated_with
 
     config = replace(find(given.recipe, given.data), method=parse_method(given.method or "default"))
     use_models(given.model, {f"the recipe {given.recipe}": config.model})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = evaluated_with(config, given.task_options or {})
     batch = given.batch_size or config.batch_size
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
         run, model, report = weights_run(Path(given.run), config)

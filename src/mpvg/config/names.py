@@ -15,6 +15,19 @@ TIMM = "timm/"
 FORM = "package.module:factory or path/file.py:factory"
 
 
+def check_architecture(field: str, name: str) -> None:
+    """Refuses a name of timm that says where weights are, such as timm/hf-hub:...: a run must open without them.
+
+    Raises:
+        ValueError: it does; the message names the field of the config.
+    """
+    if name.startswith(TIMM) and ":" in name:
+        raise ValueError(
+            f"{field} is {shown(name)}, which is looked up elsewhere each time that the run is opened; "
+            "give timm/<name of the architecture>, and the weights with network.init=FILE"
+        )
+
+
 def is_reference(name: str) -> bool:
     """Whether a network's name stands for code that would have to be imported."""
     return ":" in name and not name.startswith(TIMM)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
+from mpvg.config.names import check_architecture
 from mpvg.config.parts import AugmentConfig, LoaderConfig, NetworkConfig, OptimConfig
 from mpvg.validation import build, check, check_choices, shown
 
@@ -111,11 +112,7 @@ class RunConfig:
         check_choices(self, "")
         for name in ("epochs", "batch_size", "accumulate"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
-        if self.model.startswith("timm/") and ":" in self.model:
-            raise ValueError(
-                f"model is {shown(self.model)}, which is looked up elsewhere each time that the run is opened; "
-                "give timm/<name of the architecture>, and the weights with network.init=FILE"
-            )
+        check_architecture("model", self.model)
         steps = self.steps_per_epoch
         check("steps_per_epoch", steps, steps is None or steps >= 1, "a whole number >= 1")
         check("lr", self.lr, self.lr > 0, "a number > 0")

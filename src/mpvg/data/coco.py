@@ -38,6 +38,7 @@ IMG_SIZE = 1024
 """The paper's crop, which a listing gives as the images' side."""
 MAX_OBJECTS = 1000
 """In an image; so many masks of a training image take a gigabyte."""
+NO_OBJECT = "no object is annotated in the validation images; give a validation set with objects"
 _MIN_SIDE = 32
 _Bools = npt.NDArray[np.bool_]
 
@@ -111,6 +112,8 @@ class _Found:
         self.findings.report()
         images = np.flatnonzero(keep_images)
         keep = keep & keep_images[self.image]
+        if split == "val" and len(images) and not (keep & ~file.crowd).any():
+            raise ValueError(NO_OBJECT)
         numbers = np.flatnonzero(keep)
         numbers = numbers[np.argsort(self.image[numbers], kind="stable")]
         new_number = np.cumsum(keep_images) - 1

@@ -33,6 +33,8 @@ class LabelBatch(NamedTuple):
     """Of each image `(h, w)`, uint8, 255: of no class. Training: of the padded image. Evaluation: at its own size."""
     sizes: list[tuple[int, int]]
     """Height and width of each image without padding."""
+    scaled: Sequence[tuple[Tensor, ...]] = ()
+    """Evaluation at several scales: each image at each of them, `(3, H, W)` without padding; empty: at one."""
 
     @property
     def size(self) -> int:
@@ -42,7 +44,7 @@ class LabelBatch(NamedTuple):
         """Consecutive parts of at most `size` images, padded as the whole batch is."""
         starts = range(0, self.size, size)
         parts = (slice(start, start + size) for start in starts)
-        return [LabelBatch(self.images[part], self.labels[part], self.sizes[part]) for part in parts]
+        return [LabelBatch(self.images[part], self.labels[part], self.sizes[part], self.scaled[part]) for part in parts]
 
     def one_by_one(self) -> Sequence["LabelBatch"]:
         """Batches of one image each without padding: results then do not depend on the others."""
@@ -51,13 +53,25 @@ class LabelBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "LabelBatch":
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
-        return LabelBatch(move(self.images), [move(labels) for labels in self.labels], self.sizes)
+        scaled = [tuple(map(move, images)) for images in self.scaled]
+        return LabelBatch(move(self.images), [move(labels) for labels in self.labels], self.sizes, scaled)
 
 
 def collate_label_maps(samples: list[Sample]) -> LabelBatch:
     """Makes a batch of transformed samples."""
-    sizes = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
-    return LabelBatch(pad_images([sample.image for sample in samples]), [sample.target for sample in samples], sizes)
+    images, labels = [sample.image for sample in samples], [sample.target for sample in samples]
+    scaled = [one.images for one in images if isinstance(one, AtScales)]
+    first = [one.first if isinstance(one, AtScales) else one for one in images]
+    return LabelBatch(pad_images(first), labels, [(one.shape[-2], one.shape[-1]) for one in first], scaled)
+
+
+class AtScales(NamedTuple):
+    """An image that is evaluated at several scales."""
+
+    first: Tensor
+    """At scale 1, `(3, H, W)`."""
+    images: tuple[Tensor, ...]
+    """At each of the scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,8 @@ class SegmentationSizes:
     """Of a crop's labelled pixels that may be of one class; after ten tries any crop is taken."""
     distorted: bool = True
     """Whether brightness, contrast, saturation and hue of training images are changed; see `photometric`."""
+    scales: tuple[float, ...] = (1.0,)
+    """Evaluation: factors of `short_side` and `long_side`; the probabilities at these sizes are averaged."""
 
     @classmethod
     def fixed(cls, side: int) -> "SegmentationSizes":
@@ -152,8 +168,11 @@ class TestLabelMap:
     info: DataInfo
 
     def __call__(self, sample: Sample) -> Sample:
-        """Returns the normalized image (3, H, W) and its labels (h, w), uint8."""
-        return Sample(self.image(sample.image), torch.from_numpy(sample.target.labels))
+        """Returns the normalized image (3, H, W), or where there are scales `AtScales`; its labels (h, w), uint8."""
+        image, labels = self.image(sample.image), torch.from_numpy(sample.target.labels)
+        if self.sizes.scales == (1.0,):
+            return Sample(image, labels)
+        return Sample(AtScales(image, tuple(self.image(sample.image, scale) for scale in self.sizes.scales)), labels)
 
     def image(self, image: Image.Image, ratio: float = 1.0) -> Tensor:
         """What evaluation does to an image of any mode: (3, H, W), normalized.

@@ -1,8 +1,8 @@
 """The tasks by name: one file each, with the interface of `task.py`."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpvg.config import RunConfig
@@ -21,7 +21,7 @@ from mpvg.tasks.task import Ranking as Ranking
 from mpvg.tasks.task import Tabular as Tabular
 from mpvg.tasks.task import Task as Task
 from mpvg.tasks.task import describe_metrics as describe_metrics
-from mpvg.validation import build, unknown_name
+from mpvg.validation import build, shown, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ def register(name: str, task: type[Task[Any]], options: type[Any] = NoOptions) -
     Args:
         name: of the task.
         task: a class with the interface `Task`.
-        options: a frozen dataclass; `task_options` of a config must fit it.
+        options: a frozen dataclass; `task_options` of a config must fit it. Its class variable `evaluation`, if it has
+            one, names those that `evaluated_with` may change.
 
     Raises:
         ValueError: the name is taken.
@@ -61,6 +62,25 @@ def task_class(name: str) -> type[Task[Any]]:
     if name not in _TASKS:
         raise ValueError(unknown_name("task", name, _TASKS) + "; a task of your own must be registered before")
     return _TASKS[name][0]
+
+
+def evaluated_with(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    """The config of a trained network with other values of the options that only evaluation uses.
+
+    Args:
+        config: of the run.
+        options: take the place of those in `task_options`, one by one.
+
+    Raises:
+        ValueError: there is no such task, or it cannot change one of them after training.
+    """
+    task_class(config.task)
+    allowed: Sequence[str] = getattr(_TASKS[config.task][1], "evaluation", ())
+    for name in options:
+        if name not in allowed:
+            known = f"of {config.task}: {', '.join(allowed)}" if allowed else f"none, as {config.task} has none"
+            raise ValueError(f"task_options.{shown(name)} cannot be changed after training; allowed {known}")
+    return replace(config, task_options={**config.task_options, **options})
 
 
 def selecting_metric(config: RunConfig) -> str:

@@ -1,9 +1,24 @@
 """What detection and segmentation share: the dense network that a run's config names."""
 
+from dataclasses import dataclass
+
 from mpvg.config import PRETRAINED, NetworkConfig, RunConfig
+from mpvg.config.names import check_architecture
 from mpvg.data import DataInfo
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.trunk import DenseBackbone, Forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptions:
+    """The options that detection and segmentation share."""
+
+    vit: str | None = None
+    """Another transformer inside the dense network: a name of `create_model`, such as timm/vit_small_patch16_224."""
+
+    def __post_init__(self) -> None:
+        if self.vit is not None:
+            check_architecture("task_options.vit", self.vit)
 
 
 def check_dense_network(config: RunConfig, reason: str) -> None:
@@ -27,13 +42,16 @@ def check_dense_network(config: RunConfig, reason: str) -> None:
         )
 
 
-def dense_backbone(config: RunConfig, info: DataInfo, forward: Forward, *, init: bool) -> DenseBackbone:
+def dense_backbone(
+    config: RunConfig, info: DataInfo, forward: Forward, vit: str | None, *, init: bool
+) -> DenseBackbone:
     """The network of `mpvg.models.dense.ADAPTERS` that `model` names.
 
     Args:
         config: of the run.
         info: of its data.
         forward: the task, as `create_adapter` takes it.
+        vit: another transformer than the network's own, as `create_adapter` takes it.
         init: whether it gets the weights that training starts from; see `Task.build_model`.
 
     Raises:
@@ -44,6 +62,7 @@ def dense_backbone(config: RunConfig, info: DataInfo, forward: Forward, *, init:
         config.model,
         config.method,
         forward=forward,
+        vit=vit,
         checkpoint_path=network.init if init else None,
         drop_path_rate=network.drop_path,
         pos_std=network.pos_std,

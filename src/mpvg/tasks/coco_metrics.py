@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpvg.data.annotations import ImageAnnotations
+from mpvg.data.coco import NO_OBJECT
 from mpvg.tasks.task import NO_IMAGE
 
 KINDS = {"box": "bbox", "mask": "segm"}
@@ -69,7 +70,7 @@ def check_objects(truths: Sequence[Mapping[str, Any]]) -> None:
     if not truths:
         raise ValueError(NO_IMAGE)
     if all(one["iscrowd"] for truth in truths for one in truth["annotations"]):
-        raise ValueError("no object is annotated in the validation images; give a validation set with objects")
+        raise ValueError(NO_OBJECT)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mpvg.data import Batches, DataInfo
 from mpvg.data.scenes import DetectionSizes, SceneBatch, TestScene, detection_pipeline, pad_images
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
-from mpvg.tasks.backbone import check_dense_network, dense_backbone
+from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone
 from mpvg.tasks.coco_metrics import AveragePrecision, average_precision, check_objects, evaluator, truth_record
 from mpvg.tasks.detection_review import DetectionRecord
 from mpvg.tasks.detections import Detections
@@ -24,7 +24,7 @@ from mpvg.validation import build, check
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(DetectionSizes):
+class DetectionOptions(DenseOptions, DetectionSizes):
     """The sizes of images and of Mask R-CNN; the defaults are the paper's.
 
     Where the transformer's weights come from is `network.init`, as for every task: a file, or a run's folder.
@@ -40,8 +40,11 @@ class DetectionOptions(DetectionSizes):
     """Proposals of an image that are sampled for training."""
     proposals: int = 1000
     """Of an image."""
+    evaluation: ClassVar[tuple[str, ...]] = ("test_side", "long_side", "proposals")
+    """Options that a trained network can be evaluated with at other values."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("long_side", "max_side", "test_side", "channels", "hidden", "regions", "proposals"):
             check(f"task_options.{name}", getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
         sides = (*self.short_sides, *self.first_sides, *self.crop_sides)
@@ -87,7 +90,7 @@ class DetectionTask:
         """Mask R-CNN around a network of `mpvg.models.dense.ADAPTERS`; see `Task`."""
         options = self._options
         return MaskRCNN(
-            dense_backbone(self._config, self._info, "detection", init=init),
+            dense_backbone(self._config, self._info, "detection", options.vit, init=init),
             self._info.num_classes,
             anchor_sizes=options.anchor_sizes,
             channels=options.channels,

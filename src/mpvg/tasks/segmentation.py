@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from mpvg.data.scenes import DIVISOR
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense.upernet import UperNet, resized
 from mpvg.overlays import colored_png, draw_labels
-from mpvg.tasks.backbone import check_dense_network, dense_backbone
+from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone
 from mpvg.tasks.review import Review
 from mpvg.tasks.segmentation_review import SegmentationRecord, by_class
 from mpvg.tasks.task import NO_IMAGE, Evaluation, Metric, Prediction
@@ -33,7 +33,7 @@ AUXILIARY_WEIGHT = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationOptions(SegmentationSizes):
+class SegmentationOptions(DenseOptions, SegmentationSizes):
     """`task_options` of segmentation; the defaults are those of ViT-Adapter's UperNet on ADE20K.
 
     The weights from which the transformer starts are the run's `network.init`.
@@ -53,12 +53,13 @@ class SegmentationOptions(SegmentationSizes):
     """Evaluation: whether windows of the size of a crop slide over an image; otherwise it is taken as a whole."""
     stride: int = 341
     """Evaluation: pixels between windows."""
-    scales: tuple[float, ...] = (1.0,)
-    """Evaluation: factors of an image's size whose probabilities are averaged."""
     flips: bool = False
-    """Evaluation: whether each is also taken mirrored; digits change their meaning by it."""
+    """Evaluation: whether each scale is also taken mirrored; digits change their meaning by it."""
+    evaluation: ClassVar[tuple[str, ...]] = ("short_side", "long_side", "crop", "sliding", "stride", "scales", "flips")
+    """Options that a trained network can be evaluated with at other values."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("short_side", "long_side", "channels", "auxiliary_channels", "stride"):
             value = getattr(self, name)
             check(f"task_options.{name}", value, value >= 1, "a whole number >= 1")
@@ -155,7 +156,7 @@ class SegmentationTask:
         options = self._options
         check_dense_network(self._config, "which segmentation does not have")
         return UperNet(
-            dense_backbone(self._config, self._info, "segmentation", init=init),
+            dense_backbone(self._config, self._info, "segmentation", options.vit, init=init),
             self._info.num_classes,
             channels=options.channels,
             auxiliary_channels=options.auxiliary_channels,
@@ -212,7 +213,8 @@ class SegmentationTask:
             for one in batch.one_by_one():
                 labels = one.labels[0]
                 size = (labels.shape[0], labels.shape[1])
-                yield one, probabilities(model, one.images, size, self._options).argmax(dim=1)[0]
+                scaled = [image[None] for images in one.scaled for image in images]
+                yield one, probabilities(model, one.images, size, self._options, scaled).argmax(dim=1)[0]
 
     @torch.inference_mode()
     def review(self, model: nn.Module, batches: Batches[LabelBatch]) -> Review:
@@ -249,16 +251,22 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / labels.numel()
 
 
-def probabilities(model: nn.Module, images: Tensor, size: tuple[int, int], options: SegmentationOptions) -> Tensor:
+def probabilities(
+    model: nn.Module,
+    images: Tensor,
+    size: tuple[int, int],
+    options: SegmentationOptions,
+    scaled: Sequence[Tensor] = (),
+) -> Tensor:
     """The probabilities of the classes for each pixel, averaged over the scales and mirror images of the options.
-
-    Other scales are made from the preprocessed image, not from the file's, as mmsegmentation makes them.
 
     Args:
         model: gives `PixelLogits`.
         images: `(B, C, H, W)`, sides multiples of 32.
         size: height and width of what is returned.
         options: how images are taken.
+        scaled: the images at each scale of the options, made from those of the files as mmsegmentation does; empty:
+            they are made from `images`.
 
     Returns:
         `(B, classes, *size)`.
@@ -270,10 +278,9 @@ def probabilities(model: nn.Module, images: Tensor, size: tuple[int, int], optio
 
     take = partial(slide, predict=score, side=options.crop, stride=options.stride) if options.sliding else score
     found = []
-    for scale in options.scales:
-        scaled = images if scale == 1 else _scaled(images, scale)
+    for one in scaled or [images if scale == 1 else _scaled(images, scale) for scale in options.scales]:
         for mirrored in (False, True) if options.flips else (False,):
-            logits = resized(take(scaled.flip(-1) if mirrored else scaled), size)
+            logits = resized(take(one.flip(-1) if mirrored else one), size)
             found.append((logits.flip(-1) if mirrored else logits).softmax(dim=1))
     return torch.stack(found).mean(dim=0) if len(found) > 1 else found[0]
 

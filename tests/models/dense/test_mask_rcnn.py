@@ -67,18 +67,18 @@ def test_anchors_are_not_rounded_and_have_exact_strides() -> None:
     assert torch.equal(first, second)
 
 
-def plain_matches(quality: Tensor) -> list[int]:
-    """MMDetection's MaxIoUAssigner: an object's number, -1 background, -2 neither."""
+def plain_matches(quality: Tensor, high: float = 0.7, low: float = 0.3) -> list[int]:
+    """MMDetection's MaxIoUAssigner with the lower threshold as the floor: an object's number, -1 none, -2 neither."""
     objects, anchors = quality.shape
     found = [-2] * anchors
     for anchor in range(anchors):
         best = max(range(objects), key=lambda one: (float(quality[one, anchor]), -one))
-        if quality[best, anchor] < 0.3:
+        if quality[best, anchor] < low:
             found[anchor] = -1
-        elif quality[best, anchor] >= 0.7:
+        elif quality[best, anchor] >= high:
             found[anchor] = best
     for one in range(objects):
-        if quality[one].max() >= 0.3:
+        if quality[one].max() >= low:
             for anchor in range(anchors):
                 if quality[one, anchor] == quality[one].max():
                     found[anchor] = one
@@ -92,6 +92,28 @@ def test_an_object_gets_its_best_anchors_from_a_floor_on(seed: int) -> None:
     quality[seed % 4] *= 0.3  # an object without a good anchor
     matcher = FlooredMatcher(0.7, 0.3, floor=0.3)
     assert matcher(quality.clone()).tolist() == plain_matches(quality)
+
+
+@pytest.mark.parametrize("proposals", [0, 1, 40])
+def test_proposals_are_matched_before_the_true_boxes_are_added(detector: MaskRCNN, proposals: int) -> None:
+    torch.manual_seed(3)
+    one = target(4, padded=(SIDE, SIDE))
+    one["boxes"][3] = one["boxes"][2]  # two objects at one place: each is sampled for itself
+    found = one["boxes"][torch.randint(0, 4, (proposals,))] + torch.randint(-6, 7, (proposals, 4))
+    expected = plain_matches(box_iou(one["boxes"], found), 0.5, 0.5) if proposals else []
+    (given,) = detector.roi_heads.add_gt_proposals([found], [one["boxes"]])
+    (matched,), (labels,) = detector.roi_heads.assign_targets_to_proposals([given], [one["boxes"]], [one["labels"]])
+    expected += range(4)
+    assert [int(m) if label else -1 for m, label in zip(matched, labels, strict=True)] == expected
+    assert labels[matched >= 0].tolist() == [int(one["labels"][m]) if m >= 0 else 0 for m in expected]
+
+
+def test_an_object_gets_its_best_proposal_even_if_another_object_is_nearer(detector: MaskRCNN) -> None:
+    boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 26]])
+    proposal = torch.tensor([[0.0, 0, 20, 22]])  # IoU .91 with the first, .85 with the second
+    (given,) = detector.roi_heads.add_gt_proposals([proposal], [boxes])
+    (matched,), _ = detector.roi_heads.assign_targets_to_proposals([given], [boxes], [torch.tensor([1, 2])])
+    assert matched.tolist() == [1, 0, 1]
 
 
 def test_anchors_outside_of_an_images_own_padding_are_left_out() -> None:

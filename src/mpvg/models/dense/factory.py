@@ -28,6 +28,10 @@ class DenseSizes:
     """Arguments of ViTAdapter; None: the plain pyramid."""
 
 
+_OFFICIAL_HEADS = {192: 6, 384: 6, 768: 12, 1024: 16}
+"""Heads of the deformable attentions by the width of another transformer, as in czczup/ViT-Adapter's configurations of
+Ti, S, B and L; at other widths they are as many as the transformer's own."""
+
 _CANVAS: dict[str, Any] = {"vit": "vit_canvas_patch16_64", "window": 4, "global_layers": (3,)}
 
 ADAPTERS: dict[str, DenseSizes] = {
@@ -82,7 +86,11 @@ def create_adapter(
     if sizes.adapter is None:
         network = ViTPyramid(trunk, **where)
     else:
-        network = ViTAdapter(trunk, **where, **sizes.adapter, drop_path_rate=drop_path_rate)
+        adapter = dict(sizes.adapter)
+        if vit is not None:
+            inside: Any = trunk.blocks[0].attn
+            adapter["heads"] = _OFFICIAL_HEADS.get(trunk.embed_dim, inside.num_heads)
+        network = ViTAdapter(trunk, **where, **adapter, drop_path_rate=drop_path_rate)
     if checkpoint_path is not None:
         load_checkpoint(trunk, checkpoint_path)
     return network

@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper, MultiScaleRoIAlign
 
+from mpvg.models.dense.proposals import FlooredMatcher
 from mpvg.models.dense.trunk import STRIDES
 
 MASK_SIDE = 28
@@ -48,6 +49,25 @@ class AlignedPool(MultiScaleRoIAlign):  # type: ignore[misc]  # torchvision has 
         return found
 
 
+class RegionMatcher(FlooredMatcher):
+    """Matches proposals that are followed by the true boxes, as torchvision adds them: each true box with itself.
+
+    Each object also has its best proposal, however much better the true box is: MMDetection adds the true boxes after
+    it has matched the proposals.
+
+    Source:
+        MMDetection, `RandomSampler.sample`.
+    """
+
+    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
+        """Changes `matches` `(proposals + objects,)`, given the IoU `(objects, proposals + objects)`."""
+        objects = len(match_quality_matrix)
+        if len(matches) > objects:
+            parts = matches[:-objects], all_matches[:-objects], match_quality_matrix[:, :-objects]
+            super().set_low_quality_matches_(*parts)
+        matches[-objects:] = torch.arange(objects, device=matches.device)
+
+
 class RegionHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
     """Classes, boxes and masks of proposals.
 
@@ -81,6 +101,7 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]  # torchvision has no types
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
         )
+        self.proposal_matcher = RegionMatcher(0.5, 0.5, floor=0.5)
         init_heads(self)
 
     def forward(
