@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -606,3 +607,12 @@ def test_the_same_command_with_auto_resume_begins_goes_on_and_ends(
     assert (tmp_path / "run/metrics.jsonl").read_text() == line
     assert "seed is 0 there, 5 given" in refused(*command, "--seed", "5")
     assert "already holds a run" in refused(*command[:-1])
+
+
+@pytest.mark.parametrize(("verb", "code"), [("methods", 0), ("--help", 0), ("nosuch", 2)])
+def test_closed_streams_change_no_exit_code(verb: str, code: int) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{shlex.quote(sys.executable)} -m mpvg {verb} {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from mpvg.data import ImageBatch
 from mpvg.files import csv_text
 from mpvg.models.vision_transformer import DeliveredBlock
 from mpvg.recipes import RECIPES, recipe, scale_schedule
+from mpvg.runs import load
 from mpvg.training.estimate import checkpoint_bytes, example_batch, kept_for_backward, optimizer_bytes
 from mpvg.training.loop import Trainer
 
@@ -541,3 +543,37 @@ def test_the_estimates_are_what_a_run_has(flags: list[str], tmp_path: Path) -> N
     training.train(replace(base, out=str(tmp_path / "run")), quiet=True)
     folder = (tmp_path / "run/checkpoints/last").resolve()
     assert checkpoint == pytest.approx(sum(file.stat().st_size for file in folder.iterdir()), rel=0.1)
+
+
+def test_no_output_is_written_into_a_checkpoint(two_epochs: Path, tmp_path: Path, refused: Refused) -> None:
+    """It would count as damage of the run."""
+    run = shutil.copytree(two_epochs, tmp_path / "run", symlinks=True)
+    inside = run / "checkpoints/last/new"
+    image = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for arguments in (
+        ("evaluate", run, "--out", inside),
+        ("predict", run, image, "--out", inside),
+        ("predict", run, image, "--json", inside),
+        ("export", run, "--format", "hub-folder", "--out", inside),
+        ("plot", run, "--out", inside.with_suffix(".png")),
+        ("analyze", run, "--out", inside),
+        ("compare", run, "--out", inside),
+        ("readout", run, "--json", inside),
+        ("resolutions", run, "--json", inside),
+        ("resolutions", run, "--sizes", "8", "--out", inside),
+        ("train", "--data", "digits", "--out", inside),
+        ("study", "e5", "--out", inside),
+    ):
+        assert "is within the checkpoint" in refused(*map(str, arguments)), arguments
+    assert load(run).model() is not None
+    inside.write_text("mine")
+    assert "is not one of the files in checksums.json: remove it)" in refused("evaluate", str(run))
+
+
+def test_numbers_of_before_are_not_written_over(two_epochs: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    for verb in ("readout", "resolutions"):
+        said = refused(verb, str(two_epochs), "--json", str(tmp_path / "old.json"))
+        assert "old.json' exists; give another name, or remove it" in said
+    assert (tmp_path / "old.json").read_text() == "{}"

@@ -6,6 +6,7 @@ written is made new under a temporary name, never through a link that waits ther
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -16,6 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+CHECKSUMS = "checksums.json"
+"""In the folder of a checkpoint: the hashes of its files."""
+_CURES = {errno.ENAMETOOLONG: "choose a shorter name"} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"
+)
+"""What helps against an error in writing; room against all others."""
 SUFFIX = ".writing"
 """How temporary names end; they begin with a dot."""
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -131,13 +138,26 @@ def atomic_write(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def check_place(out: Path) -> None:
+    """Refuses output within a checkpoint of a run, which holds exactly the files in its checksums.json.
+
+    Raises:
+        ValueError: `out` is within one.
+    """
+    for folder in out.resolve().parents:
+        if (folder / CHECKSUMS).is_file():
+            raise ValueError(f"{out} is within the checkpoint {folder}, which another file damages; give another name")
+
+
 def check_output(out: Path) -> None:
-    """Refuses a folder for output that holds something already.
+    """Refuses a folder for output that holds something already, or is within a checkpoint.
 
     Raises:
         FileExistsError: it does, or it is a file.
         FileNotFoundError: the folder that it would be in is missing.
+        ValueError: it is within a checkpoint.
     """
+    check_place(out)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise FileExistsError(f"--out {out} exists and is not an empty folder; give another name")
     if not out.absolute().parent.is_dir():
@@ -224,5 +244,6 @@ def append_line(path: Path, line: str) -> None:
 def cannot_write(path: Path, error: OSError) -> OSError:
     """The error with the file and the next step, which the system's own message lacks."""
     begun = (path.parent / "config.yaml").is_file()
+    cure = _CURES.get(error.errno or 0, "make room")
     next_step = f"continue with `mpvg train --resume {path.parent}`" if begun else "give the same command again"
-    return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); make room, then {next_step}")
+    return OSError(error.errno, f"cannot write {path} ({error.strerror or error}); {cure}, then {next_step}")

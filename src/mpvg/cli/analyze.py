@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, add_data, add_ema, complain, positive, print_table, say, whole
+from mpvg.cli.arguments import Parser, add_data, add_ema, complain, output_path, positive, print_table, say, whole
 from mpvg.cli.own import add_model, use_models_of_runs
 from mpvg.cli.trained import data_config, which
 
@@ -34,7 +34,9 @@ def analyze(arguments: list[str]) -> int:
         metavar="IMAGES",
         help="also change PE, position and size on this many images: some hundred passes (default: 0)",
     )
-    parser.add_argument("--out", default="report", help="folder of report.html and all else (default: report)")
+    parser.add_argument(
+        "--out", type=output_path, default="report", help="folder of report.html and all else (default: report)"
+    )
     add_model(parser, "a network of your own that runs were made with")
     given = parser.parse_args(arguments)
     use_models_of_runs(given.model, given.runs)
@@ -51,7 +53,7 @@ def analyze(arguments: list[str]) -> int:
         ema=given.ema,
         sensitivity_images=given.beyond,
     )
-    made = report.analyze(given.runs, Path(given.out), options)
+    made = report.analyze(given.runs, given.out, options)
     say(f"weights: {options.weights}")
     for name, sentences in made.sentences.items():
         say(f"{name}:", *(f"  {sentence}" for sentence in sentences))
@@ -81,5 +83,5 @@ def _analyze_timm(given: argparse.Namespace) -> int:
     if found.replaced:
         say("")
         print_table([plain.REPLACED_HEAD, *plain.replaced_rows(found)], right=plain.REPLACED_HEAD[1:])
-    say("", *plain.lines(found), f"report: {plain.write(found, Path(given.out))}")
+    say("", *plain.lines(found), f"report: {plain.write(found, given.out)}")
     return 0

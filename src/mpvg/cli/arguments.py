@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpvg.files import check_place
 from mpvg.validation import parse_json, printable, shown
 
 
@@ -59,9 +61,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output_path(text: str) -> Path:
+    """A file or folder that is not within a checkpoint, as the type of an argument."""
+    try:
+        check_place(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
+
+
 def output_file(text: str) -> Path:
     """A file that can be written later, as the type of an argument."""
-    path = Path(text)
+    path = output_path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give the name of a file in a folder that exists")
     return path
@@ -72,6 +83,14 @@ def whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give a whole number >= 0")
     return int(text)
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written later and is not there yet, as the type of an argument."""
+    path = output_file(text)
+    if os.path.lexists(path):
+        raise argparse.ArgumentTypeError(f"{text!r} exists; give another name, or remove it")
+    return path
 
 
 def json_object(text: str) -> dict[str, Any]:

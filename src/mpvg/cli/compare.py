@@ -4,7 +4,7 @@ import math
 import sys
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, say
+from mpvg.cli.arguments import Parser, output_path, say
 
 
 def compare(arguments: list[str]) -> int:
@@ -35,7 +35,7 @@ def compare(arguments: list[str]) -> int:
     form = parser.add_mutually_exclusive_group()
     for name in ("markdown", "latex", "csv", "json"):
         form.add_argument(f"--{name}", action="store_true", help=f"print {name} instead of a short text")
-    parser.add_argument("--out", help="also write all forms and a picture into this folder")
+    parser.add_argument("--out", type=output_path, help="also write all forms and a picture into this folder")
     given = parser.parse_args(arguments)
     from mpvg.runs.listing import find_runs
     from mpvg.study import compare as comparison
@@ -61,7 +61,7 @@ def compare(arguments: list[str]) -> int:
     if not (given.markdown or given.latex or given.csv or given.json):
         say(*tables.as_text(results))
     if given.out:
-        say("written: " + ", ".join(map(str, tables.write_results(results, Path(given.out)))))
+        say("written: " + ", ".join(map(str, tables.write_results(results, given.out))))
     return 0
 
 

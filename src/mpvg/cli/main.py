@@ -59,7 +59,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; an error of the user is one message and exit code 2, MPVG_TRACEBACK=1 shows where it came from."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _escape_what_cannot_be_shown()
+    _prepare_streams()
     name = arguments[0].replace("--version", "version") if arguments else "--help"
     if name not in (*VERBS, "-h", "--help"):
         return _fail(unknown_name("verb", name, VERBS, near=1))
@@ -106,8 +106,11 @@ def _one_line(error: BaseException) -> str | None:
     return str(error) if isinstance(error, (ValueError, OSError)) else None
 
 
-def _escape_what_cannot_be_shown() -> None:
-    """Lets a terminal that is not UTF-8 show every name, with backslashes."""
+def _prepare_streams() -> None:
+    """Gives a process whose streams were closed others, and lets a terminal that is not UTF-8 show names escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # its file was exchanged for a pipe, which has no position to keep

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mpvg.cli.arguments import Parser, output_file, positive, print_table, say
+from mpvg.cli.arguments import Parser, new_file, positive, print_table, say
 from mpvg.cli.own import use_models_of_runs
 from mpvg.cli.trained import add_network, open_trained
 from mpvg.config.names import FORM, is_reference
@@ -24,7 +24,7 @@ def readout(arguments: list[str]) -> int:
     parser.add_argument("--readouts", nargs="+", metavar="NAME", help="default: all that the network can have")
     parser.add_argument("--samples", type=positive, help="images, spread evenly over the data (default: all)")
     parser.add_argument("--folds", type=positive, default=10, help="parts of the cross-validation (default: 10)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also writes every number, fold by fold")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also writes every number, fold by fold")
     given = parser.parse_args(arguments)
     data, run = _asked(given)
     from mpvg.analysis import readout as question

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, add_data, add_weights, output_file, positive, print_table, say
+from mpvg.cli.arguments import Parser, add_data, add_weights, new_file, positive, print_table, say
 from mpvg.cli.own import add_model, use_models_of_runs
 
 
@@ -51,7 +51,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add_data(parser)
     parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
     add_weights(parser, "last")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="also writes every number")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also writes every number")
     parser.add_argument("--out", metavar="DIR", help="new folder for resolutions.html and resolutions.json")
     add_model(parser)
     return parser.parse_args(arguments)

@@ -69,6 +69,7 @@ def study(arguments: list[str]) -> int:
         return 0
     scale = given.scale or next(iter(chosen.scales))
     from mpvg.study import folder as folders
+    from mpvg.study.slurm import LOCAL
 
     out = Path(given.out or f"studies/{chosen.name}-{scale}")
     model = _use_models(given.model, folders.StudyFolder(out, chosen, scale, data=given.data))
@@ -77,6 +78,8 @@ def study(arguments: list[str]) -> int:
     from mpvg.study.contrasts import PILOT_SEEDS
 
     seeds = min(PILOT_SEEDS, given.seeds or PILOT_SEEDS) if given.pilot else given.seeds
+    if given.slurm in (None, LOCAL) and not (out / folders.STUDY).exists():  # other hosts have their own data
+        folders.StudyFolder(out, chosen, scale, data=given.data, model=model).check_data()
     made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data, model=model)
     for (setting, arm), reason in made.refused.items():
         say(f"arm {arm} is left out of {setting}: {reason}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from mpvg.files import csv_text, open_new
+from mpvg.files import check_place, csv_text, open_new
 from mpvg.tasks import Prediction, Tabular
 
 STDOUT = "-"
@@ -99,7 +99,7 @@ def open_records(names: dict[str, str | None]) -> list[Record]:
         names: format -> name of the file, "-" for standard output, or None.
 
     Raises:
-        ValueError: two formats are asked for in one file, or its folder is missing.
+        ValueError: two formats are asked for in one file, its folder is missing, or it is within a checkpoint.
         FileExistsError: there is something already.
     """
     given = {kind: name for kind, name in names.items() if name is not None}
@@ -108,6 +108,7 @@ def open_records(names: dict[str, str | None]) -> list[Record]:
         path = Path(name)
         if name == STDOUT:
             continue
+        check_place(path)
         if path.exists() or path.is_symlink():
             raise FileExistsError(f"--{kind} {name} exists; give another name, or remove it")
         if not path.parent.is_dir():

@@ -20,10 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mpvg.files import memory_bytes, read_regular, remove, write_new
+from mpvg.files import CHECKSUMS, memory_bytes, read_regular, remove, write_new
 from mpvg.models.checkpoints import read_tensors
 from mpvg.runs.pointers import (
-    CHECKSUMS,
     pointed_folder,
     read_pointer,
     step_name,
@@ -41,6 +40,7 @@ KEEP_LAST = 2
 """Number of newest checkpoints that are kept, besides the best one: the newest, and one to fall back to."""
 STATE = "state.json"
 _NAME = re.compile(r"state\.json|[a-z_]+\.safetensors", re.ASCII)
+_NONE_SAVED = "it stopped before the first was saved, or was copied without it"
 _DAMAGE = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG)
 """Errors of reading that mean damage; others, such as a missing permission, do not."""
 
@@ -167,7 +167,7 @@ def checkpoint_folder(path: Path, which: Which = "last", *, quiet: bool = False)
         return folder
     saved = step_names(root)
     if not saved:
-        raise FileNotFoundError(f"{path} has no {which!r} checkpoint; it stopped before the first was saved")
+        raise FileNotFoundError(f"{path} has no {which!r} checkpoint; {_NONE_SAVED}")
     if which == "last":
         if not quiet:
             warn(f"{root / which} is missing; taking {saved[0]}, the newest there is")
@@ -214,7 +214,7 @@ def latest_valid_checkpoint(path: Path, check: Check | None = None) -> LatestChe
 
 def _ensure_any(path: Path) -> None:
     if not has_checkpoint(path):
-        raise FileNotFoundError(f"{path} has no checkpoint; it stopped before the first was saved")
+        raise FileNotFoundError(f"{path} has no checkpoint; {_NONE_SAVED}")
 
 
 def _apply(check: Check, checkpoint: Checkpoint, folder: Path) -> None:
@@ -328,7 +328,7 @@ def _read_checksums(folder: Path) -> dict[str, str]:
             raise CorruptCheckpointError(f"{file} is damaged ({shown(name)} is no file of one, or has no hash)")
     for entry in sorted(folder.iterdir()):
         if entry.name not in hashes and entry.name != CHECKSUMS and not entry.name.startswith("."):
-            raise CorruptCheckpointError(f"{entry} is damaged (it is not one of the files in {CHECKSUMS})")
+            raise CorruptCheckpointError(f"{entry} is damaged (it is not one of the files in {CHECKSUMS}: remove it)")
     return hashes
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mpvg.files import cannot_write, remove
+from mpvg.files import cannot_write, check_place, remove
 from mpvg.validation import parse_json, printable
 
 LOCK = ".lock"
@@ -76,8 +76,9 @@ def run_lock(path: Path, *, break_lock: bool = False) -> Iterator[None]:
     Raises:
         OSError: the file cannot be written.
         RunLockedError: another process holds it; it is named.
-        ValueError: a folder of the run is a link to another place.
+        ValueError: a folder of the run is a link to another place, or the run is within a checkpoint of another.
     """
+    check_place(path)
     path.mkdir(parents=True, exist_ok=True)
     for name in _OWN_FOLDERS:
         if (path / name).is_symlink():

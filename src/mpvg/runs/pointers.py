@@ -9,11 +9,10 @@ import os
 import re
 from pathlib import Path
 
-from mpvg.files import read_regular, remove, temp_path, write_new
+from mpvg.files import CHECKSUMS, read_regular, remove, temp_path, write_new
 
 _STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _MAX_BYTES = 64
-CHECKSUMS = "checksums.json"
 _MAX_CHECKSUMS = 2**16
 
 

@@ -126,7 +126,7 @@ def _differing(given: Sequence[_Given], allow: Sequence[str]) -> dict[str, list[
     names = given[0].fields
     for name in allow:
         if name not in names and name not in _CONDITIONS:
-            raise ValueError(f"--allow: {unknown_name('name', name, [*_CONDITIONS, *names])}")
+            raise ValueError(f"--allow: {unknown_name('name', name, sorted({*_CONDITIONS, *names}))}")
     values = {name: list(dict.fromkeys(_value(one, name) for one in given)) for name in names if name not in allow}
     return {name: found for name, found in values.items() if len(found) > 1}
 

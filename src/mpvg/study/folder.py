@@ -19,8 +19,8 @@ import yaml
 from torch import nn
 
 from mpvg.config import RunConfig
-from mpvg.data import DataInfo
-from mpvg.files import atomic_text, cannot_write, is_temporary, read_regular
+from mpvg.data import DataInfo, open_listing
+from mpvg.files import atomic_text, cannot_write, check_place, is_temporary, read_regular
 from mpvg.models.meta import without_values
 from mpvg.models.own import NotImportedError
 from mpvg.runs.lock import closed_in_children
@@ -87,6 +87,18 @@ class StudyFolder:
     def _planned(self, seeds: int | None) -> list[Cell]:
         """The runs of the plan, also those that a network cannot do."""
         return make_cells(self.study, self.scale, self.path, seeds=seeds, data=self.data, model=self.model)
+
+    def check_data(self) -> None:
+        """Opens the validation set of each data set, before anything is made.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it cannot be read.
+        """
+        cells = self._planned(seeds=1)
+        configs = [cell.config for cell in cells] + [cell.pretrain for cell in cells if cell.pretrain is not None]
+        for config in {config.data: config for config in configs}.values():
+            open_listing(config, ("val",))
 
     def rows(self) -> list[Row]:
         """The finished runs.
@@ -161,6 +173,7 @@ def make_folder(
         ValueError: it holds another study, or another scale, other data or another network of it.
     """
     study.settings(scale)
+    check_place(path)
     folder = StudyFolder(path, study, scale, seeds, data, model)
     if (path / STUDY).exists():
         found = open_folder(path)

@@ -219,8 +219,8 @@ def _parts(kind: Any, values: Any, name: str) -> tuple[Any, ...]:
 
 
 def _check_name(place: str, name: str) -> None:
-    if not name or not all(c.isalnum() or c in "_-." for c in name) or name.startswith("."):
-        raise ValueError(f"{place} has {shown(name)}; allowed as a name: letters, digits, _, - and .")
+    if not 0 < len(name) <= 64 or not all(c.isalnum() or c in "_-." for c in name) or name.startswith("."):
+        raise ValueError(f"{place} has {shown(name)}; allowed as a name: letters, digits, _, - and ., at most 64")
 
 
 def _check(study: Study) -> None:

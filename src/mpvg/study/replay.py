@@ -30,16 +30,21 @@ def choose_row(ledger: Path, number: int) -> tuple[Row, list[Row]]:
 
     Raises:
         FileNotFoundError: there is no ledger.
-        ValueError: it has no such row, or the row's run diverged.
+        ValueError: it has no such row, or the row's config or a metric is damaged.
     """
     if not ledger.is_file():
         raise FileNotFoundError(f"{ledger} is no ledger; give the ledger.jsonl in a study's folder")
     rows = read_ledger(ledger)
+    if not rows:
+        raise ValueError(f"{ledger} has no row; run the study first")
     if not 1 <= number <= len(rows):
         raise ValueError(f"--row is {number}; allowed: 1 to {len(rows)}, the lines of {ledger}")
     row = rows[number - 1]
     others = [r for r in rows if (r.setting, r.arm, r.status) == (row.setting, row.arm, "done") and r is not row]
-    known = study_metrics(row.run_config().task)
+    try:
+        known = study_metrics(row.run_config().task)
+    except ValueError as error:
+        raise ValueError(f"{ledger}, line {number} is damaged ({error}); restore it, or remove the line") from error
     for name in row.metrics:
         if name not in known:
             raise ValueError(f"{ledger}, line {number}: {unknown_name('metric', name, known)}")

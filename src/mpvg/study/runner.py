@@ -26,12 +26,11 @@ from rich.progress import Progress
 from mpvg import runs, training
 from mpvg.config import RunConfig
 from mpvg.data.loader import count_cores
-from mpvg.files import read_regular
+from mpvg.files import CHECKSUMS, read_regular
 from mpvg.models.own import Networks, network_error, networks, use_networks
 from mpvg.runs.checkpoints import checkpoint_folder
 from mpvg.runs.environment import commit, hardware
 from mpvg.runs.lock import RunLockedError
-from mpvg.runs.pointers import CHECKSUMS
 from mpvg.runs.reading import MAX_JSON_BYTES
 from mpvg.study.folder import StudyFolder, open_folder
 from mpvg.study.ledger import Row, append_row, check_finite, config_differences, read_ledger
