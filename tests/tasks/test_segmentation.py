@@ -470,7 +470,7 @@ def test_a_run_is_evaluated_at_other_sizes(
     assert main(["evaluate", file, *more, "--task_options", '{"short_side": 64, "crop": 64, "scales": [1, 2]}']) == 0
     assert '"scales": [1, 2]}' in capsys.readouterr().out
     for options, message in (
-        ('{"channels": 9}', "task_options.'channels' cannot be changed after training; allowed of segmentation: short"),
+        ('{"channels": 9}', "'task_options.channels' cannot be changed after training; allowed of segmentation: short"),
         ('{"scales": [9]}', "task_options.scales is (9,); allowed: one or more numbers in [0.1, 8]"),
         ("[1]", "argument --task_options: '[1]' is not allowed; give a JSON object; see `mpvg evaluate --help`"),
         ('{"scales": [1,', "is not valid JSON"),

@@ -79,7 +79,7 @@ def evaluated_with(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
     for name in options:
         if name not in allowed:
             known = f"of {config.task}: {', '.join(allowed)}" if allowed else f"none, as {config.task} has none"
-            raise ValueError(f"task_options.{shown(name)} cannot be changed after training; allowed {known}")
+            raise ValueError(f"{shown('task_options.' + name)} cannot be changed after training; allowed {known}")
     return replace(config, task_options={**config.task_options, **options})
 
 
