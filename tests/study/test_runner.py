@@ -269,3 +269,28 @@ def test_a_pilot_shows_no_arms_result(done: StudyFolder, study_file: Path, capsy
         for value in row.metrics.values():
             assert f"{value:.4f}" not in printed
             assert f"{100 * value:.2f}" not in printed
+
+
+def test_a_folder_is_gone_on_with_by_its_name(
+    study: Study, study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    folder = make_folder(out, study, "tiny", seeds=1)
+    work(folder.path)
+    study_file.unlink()
+    assert main(["study", str(out), "--workers", "1"]) == 0
+    assert f"{out}/table.md" in capsys.readouterr().out
+    assert folder.missing() == []
+    assert main(["study", str(out), "--data", "cifar10"]) == 2
+    assert "another data (None, now cifar10)" in capsys.readouterr().err
+    assert main(["study", str(tmp_path)]) == 2
+    assert "holds no study: study.yaml is missing" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_read_leave_no_folder(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["study", str(study_file), "--data", str(tmp_path / "nosuch"), "--out", str(out)]) == 2
+    assert "nosuch' does not exist" in capsys.readouterr().err
+    assert not out.exists()

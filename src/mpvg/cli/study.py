@@ -1,5 +1,6 @@
 """`mpvg study`, `replay`, `compare` and `demo`: several runs compared."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from mpvg.config.names import is_reference, same_network
 
 if TYPE_CHECKING:
     from mpvg.study.folder import StudyFolder
+    from mpvg.study.plan import Study
 
 
 def demo(arguments: list[str]) -> int:
@@ -34,7 +36,9 @@ def study(arguments: list[str]) -> int:
         "The same command continues an interrupted study.",
     )
     parser.add_argument(
-        "study", nargs="?", help="a ready study, or a YAML file; without it, the ready studies are listed"
+        "study",
+        nargs="?",
+        help="a ready study, a YAML file, or a study's folder, which goes on; without it: a list",
     )
     parser.add_argument("--out", help="folder of the study (default: studies/<study>-<scale>)")
     parser.add_argument(
@@ -61,7 +65,7 @@ def study(arguments: list[str]) -> int:
 
     if given.study is None:
         return _list_studies()
-    chosen = plan.read_study(given.study)
+    chosen = _go_on_with(given) if Path(given.study).is_dir() else plan.read_study(given.study)
     if given.print:
         import yaml
 
@@ -86,6 +90,15 @@ def study(arguments: list[str]) -> int:
     if not _run(made, given.slurm, given.workers, blind=given.pilot):
         return 0
     return _pilot(made) if given.pilot else _finish(made)
+
+
+def _go_on_with(given: argparse.Namespace) -> "Study":
+    """The study of a folder; what it was begun with takes the place of what is not given."""
+    from mpvg.study.folder import open_folder
+
+    found = open_folder(Path(given.study))
+    given.out, given.scale, given.data = given.out or found.path, given.scale or found.scale, given.data or found.data
+    return found.study
 
 
 def replay(arguments: list[str]) -> int:
