@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpvg.cli.arguments import Parser, positive, print_table, say
 from mpvg.cli.own import add_model, use_models
@@ -67,10 +67,7 @@ def study(arguments: list[str]) -> int:
         return _list_studies()
     chosen = _go_on_with(given) if Path(given.study).is_dir() else plan.read_study(given.study)
     if given.print:
-        import yaml
-
-        sys.stdout.write(yaml.safe_dump(plan.to_dict(chosen), sort_keys=False, allow_unicode=True, width=120))
-        return 0
+        return _print(plan.to_dict(chosen))
     scale = given.scale or next(iter(chosen.scales))
     from mpvg.study import folder as folders
     from mpvg.study.slurm import LOCAL
@@ -123,6 +120,13 @@ def replay(arguments: list[str]) -> int:
         found = replay(row, others, Path(given.out or f"{folder}/run"), Path(given.ledger).parent)
     say(*found.lines)
     return 0 if found.agrees else 1
+
+
+def _print(study: dict[str, Any]) -> int:
+    import yaml
+
+    sys.stdout.write(yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=120))
+    return 0
 
 
 def _list_studies() -> int:
