@@ -559,6 +559,7 @@ def test_no_output_is_written_into_a_checkpoint(two_epochs: Path, tmp_path: Path
         ("plot", run, "--out", inside.with_suffix(".png")),
         ("analyze", run, "--out", inside),
         ("compare", run, "--out", inside),
+        ("compare", run, "--out", inside.parent),
         ("readout", run, "--json", inside),
         ("resolutions", run, "--json", inside),
         ("resolutions", run, "--sizes", "8", "--out", inside),

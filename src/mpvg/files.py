@@ -142,9 +142,10 @@ def check_place(out: Path) -> None:
     """Refuses output within a checkpoint of a run, which holds exactly the files in its checksums.json.
 
     Raises:
-        ValueError: `out` is within one.
+        ValueError: `out` is one, or within one.
     """
-    for folder in out.resolve().parents:
+    place = out.resolve()
+    for folder in (place, *place.parents):
         if (folder / CHECKSUMS).is_file():
             raise ValueError(f"{out} is within the checkpoint {folder}, which another file damages; give another name")
 
