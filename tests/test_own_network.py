@@ -571,3 +571,83 @@ def test_a_network_that_no_probe_sees_is_named(tmp_path: Path, refused: Callable
     assert main([*TRAIN, "--epochs", "1", *model, "--out", str(tmp_path / "run")]) == 0
     said = refused("analyze", tmp_path / "run", "--images", "8", *model, "--out", tmp_path / "report")
     assert "the probe was never called at layer 0: its LN is not a module that the forward pass calls" in said
+
+
+TOKEN_ONLY = """
+import torch
+from torch import nn
+
+from layers import Layer
+from mpvg import DeliveryMixin, PositionDelivery
+from mpvg.delivery import NetworkTraits, resolve
+
+
+class TokenViT(DeliveryMixin):
+    def __init__(self, method, num_classes, img_size=8, in_chans=1, dim=24, depth=2):
+        super().__init__()
+        self.img_size, self.patch_size, self.in_chans, self.num_prefix_tokens = img_size, 2, in_chans, 1
+        spec = resolve(method, NetworkTraits(name="TokenViT", depth=depth, readouts=("token",)))
+        rows = 1 + (img_size // 2) ** 2
+        self.embed = nn.Conv2d(in_chans, dim, 2, stride=2)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, rows, dim))
+        self.delivery = PositionDelivery(spec, depth, dim, class_rows=1, rows=rows)
+        self.blocks = nn.ModuleList(Layer(dim, 2) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+
+    def forward_features(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.spec.input_pe:
+            x = x + self.pos_embed
+        delivered = self.deliver(self.pos_embed)
+        for layer, pe in zip(self.blocks, delivered.per_layer, strict=True):
+            x = layer(x, pe)
+        return self.norm(x) if delivered.last is None else self.norm(x) + delivered.last
+
+
+def build(method="lape", num_classes=10, img_size=8, in_chans=1, **kwargs):
+    return TokenViT(method, num_classes, img_size, in_chans, **kwargs)
+
+
+def fixed(num_classes=10, img_size=8, in_chans=1):
+    return TokenViT("lape", num_classes, img_size, in_chans)
+"""
+
+
+@pytest.fixture
+def token_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A network that needs its class token, in a file beside another that it imports."""
+    folder = tmp_path / "nets"
+    folder.mkdir()
+    text = EXAMPLE.read_text()
+    layer = text[text.index("class Layer") : text.index("class SmallViT")]
+    (folder / "layers.py").write_text(f"from torch import nn\n\n\n{layer}")
+    (folder / "token_only.py").write_text(TOKEN_ONLY)
+    monkeypatch.chdir(tmp_path)
+    yield folder / "token_only.py"
+    sys.modules.pop("layers", None)
+
+
+def test_a_network_that_only_has_a_class_token_is_checked(
+    token_only: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    before = list(sys.path)
+    assert main(["check-network", f"{token_only}:build"]) == 0
+    out = capsys.readouterr().out
+    assert "with default, lape: logits differ" in out
+    assert "refused, with a reason: gap, lape_gap, pvg, mpvg" in out
+    assert sys.path == before
+    said = refused("check-network", f"{token_only}:fixed")
+    assert "unexpected keyword argument 'method'; let the factory take it (docs/own.md)" in said
+
+
+def test_a_renamed_file_and_a_missing_run_are_said(token_only: Path, refused: Callable[..., str]) -> None:
+    assert refused("evaluate", "nothere", "--model", f"{token_only}:build").startswith("nothere holds no run")
+    assert main([*TRAIN, "--method", "lape", "--model", f"{token_only}:build", "--out", "run"]) == 0
+    forget()
+    renamed = token_only.rename(token_only.with_name("renamed.py"))
+    said = refused("evaluate", "run", "--model", f"{renamed}:build")
+    assert said.endswith(
+        "a file may be moved, not renamed: rename it back, or use mpvg.load(RUN, model=FACTORY) in Python"
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpvg.analysis import linear_probe, plain, readout, readouts, resolutions
 from mpvg.analysis.findings import Estimate
-from mpvg.analysis.paired import MARGIN, images_needed, judge, paired_difference
+from mpvg.analysis.paired import MARGIN, images_needed, judge, note, paired_difference
 from mpvg.analysis.sensitivity import CachedBatches
 from mpvg.cli.main import main
 from mpvg.data import ImageBatch
@@ -326,3 +326,31 @@ def test_few_images_without_a_difference_are_no_equivalence() -> None:
     assert pair.word == "undecided: needs 301 images"
     assert judge([paired_difference([0.0] * 40)], 40) == [(1.0, "undecided: needs 301 images")]
     assert readout.compare([same, same], 400)[0].word == "equivalent within 1 point"
+
+
+def test_equal_accuracies_have_a_width_and_the_lower_nll_is_first() -> None:
+    scores = {"token": 0.2, "mean": 0.1}
+    scored = [
+        readout.Scored(name, Estimate(1.0), Estimate(nll), [linear_probe.Score(1.0, nll)] * 5)
+        for name, nll in scores.items()
+    ]
+    pair = readout.compare(scored, 60)[0]
+    assert list(pair.found.interval) == pytest.approx([-0.05, 0.05])  # three of sixty
+    features = readouts.Features(
+        vectors={name: torch.eye(2)[torch.arange(40) % 2].double() * 5 for name in scores},
+        tokens=None,
+        targets=torch.arange(40) % 2,
+    )
+    found = readout._score(features, "mean", torch.arange(40) % 4, 4, 2, 0)
+    assert found.accuracy.interval is not None
+    assert list(found.accuracy.interval) == pytest.approx([1 - 3 / 40, 1])
+    assert note([pair.word])[0].startswith("needs N images: so many find a difference of 1 point")
+    assert note(["higher", "equivalent within 1 point"]) == []
+
+
+def test_a_network_with_two_kinds_of_pe_says_which_one_is_replaced() -> None:
+    rotary = timm.create_model("eva02_tiny_patch14_224", depth=1, embed_dim=48, num_heads=2)
+    assert plain._inside(rotary)
+    assert isinstance(rotary.pos_embed, nn.Parameter)
+    assert plain._inside(timm.create_model("test_vit_relpos"))
+    assert not plain._inside(timm.create_model("test_vit"))

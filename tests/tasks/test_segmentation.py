@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -467,10 +468,13 @@ def test_a_run_is_evaluated_at_other_sizes(
     assert f"mIoU {100 * load(run).metrics()[-1]['miou']:.2f} %" in said[0]
     file = str(run / "checkpoints/last/model.safetensors")
     more = ["--recipe", "canvas_segmentation", "--method", "mpvg", "--data", "canvas"]
-    assert main(["evaluate", file, *more, "--task_options", '{"short_side": 64, "crop": 64, "scales": [1, 2]}']) == 0
+    assert main(["evaluate", file, *more, "--task_options", '{"short_side": 64, "scales": [1, 2]}']) == 0
     assert '"scales": [1, 2]}' in capsys.readouterr().out
     for options, message in (
         ('{"channels": 9}', "'task_options.channels' cannot be changed after training; allowed of segmentation: short"),
+        ('{"channel": 9}', "'task_options.channel' is no option of segmentation; allowed of segmentation: short_side"),
+        ('{"stride": 9}', "'task_options.stride' changes nothing: windows do not slide; give also sliding as true"),
+        ('{"short_side": 999}', "task_options.short_side is 999; allowed: at most long_side, 128"),
         ('{"scales": [9]}', "task_options.scales is (9,); allowed: one or more numbers in [0.1, 8]"),
         ("[1]", "argument --task_options: '[1]' is not allowed; give a JSON object; see `mpvg evaluate --help`"),
         ('{"scales": [1,', "is not valid JSON"),
@@ -534,3 +538,40 @@ def test_a_canvas_needs_a_task_with_places(tmp_path: Path, capsys: pytest.Captur
     assert main(["train", "--data", "canvas", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "data 'canvas' has scenes, and the task is 'classification'; allowed: detection, segmentation" in said
+
+
+def test_data_with_other_classes_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The labels of another order mean other classes."""
+    root = write_ade20k(tmp_path / "data", classes=4)
+    (root / "classes.txt").write_text("a\nb\nc\nd\n")
+    run = tmp_path / "run"
+    made = dataclasses.replace(config(f"ade20k/{root}", sliding=False), out=str(run), device="cpu", threads=1)
+    train(made, quiet=True)
+    assert main(["evaluate", str(run)]) == 0
+    for names in ("b\na\nc\nd\n", "a\nb\nc\nd\ne\n"):
+        (root / "classes.txt").write_text(names)
+        capsys.readouterr()
+        assert main(["evaluate", str(run)]) == 2
+        assert "classes" in capsys.readouterr().err
+    (root / "classes.txt").write_text("a\na\nc\nd\n")
+    assert main(["evaluate", str(run)]) == 2
+    assert "classes.txt has the class 'a' twice; give each a name of its own" in capsys.readouterr().err
+    (root / "classes.txt").unlink()
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_broken_data_are_left_out_of_an_evaluation_if_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_ade20k(tmp_path / "data", sizes=((40, 48), (64, 32), (50, 50)))
+    run = tmp_path / "run"
+    made = dataclasses.replace(config(f"ade20k/{root}", sliding=False), out=str(run), device="cpu", threads=1)
+    train(made, quiet=True)
+    other = shutil.copytree(root, tmp_path / "other")
+    next((other / "images/validation").iterdir()).write_bytes(b"no image")
+    capsys.readouterr()
+    command = ["evaluate", str(run), "--data", f"ade20k/{other}"]
+    assert main(command) == 2
+    assert "--loader.skip_corrupt true" in capsys.readouterr().err
+    assert main([*command, "--loader.skip_corrupt", "true", "--orientation", "stored"]) == 0
+    assert "on 2 images, 1 unreadable ones skipped" in capsys.readouterr().out

@@ -11,6 +11,8 @@ from mpvg.statistics import ALPHA, CONFIDENCE_LEVEL, Interval, holm, verdict
 
 MARGIN = 0.01
 """Difference in accuracy that matters."""
+RULE_OF_THREE = 3
+"""Where no image of n differs, up to a share of 3 / n may differ (95 %)."""
 
 
 class PairedDifference(NamedTuple):
@@ -58,6 +60,29 @@ def paired_difference(differences: Sequence[float], *, folds: bool = False) -> P
     return PairedDifference(mean, Interval(mean - half, mean + half), error, p, p_equivalent)
 
 
+def with_width(found: PairedDifference, images: int) -> PairedDifference:
+    """The same; where all differences are equal, the interval is that of the rule of three, not of width 0.
+
+    Args:
+        found: a difference in accuracy.
+        images: on which it was measured.
+    """
+    if found.error:
+        return found
+    half = RULE_OF_THREE / images
+    return found._replace(interval=Interval(found.difference - half, found.difference + half))
+
+
+def note(words: Sequence[str]) -> list[str]:
+    """What the table of some words of `judge` has to be read with, in lines; none where no word asks for images."""
+    if not any("needs" in word for word in words):
+        return []
+    return [
+        f"needs N images: so many find a difference of {100 * MARGIN:g} point; a larger one needs fewer",
+        "an interval is of one difference alone; the last column is corrected for all of them",
+    ]
+
+
 def judge(found: Sequence[PairedDifference], images: int) -> list[tuple[float, str]]:
     """Of each difference in accuracy, p with Holm's correction over all of them, and its word.
 
@@ -65,11 +90,10 @@ def judge(found: Sequence[PairedDifference], images: int) -> list[tuple[float, s
         found: all differences that are looked at together.
         images: on which each was measured.
     """
-    rule_of_three = 3 / images  # where no image of n differs, up to a share of 3 / n may differ
     judged = []
     for one, p in zip(found, holm([one.p for one in found]), strict=True):
-        equivalent = one.p_equivalent < ALPHA and rule_of_three < MARGIN
-        needed = max(images_needed(one.error, images, len(found)), round(3 / MARGIN) + 1)
+        equivalent = one.p_equivalent < ALPHA and RULE_OF_THREE / images < MARGIN
+        needed = max(images_needed(one.error, images, len(found)), round(RULE_OF_THREE / MARGIN) + 1)
         word = verdict(
             one.difference,
             differs=p < ALPHA,

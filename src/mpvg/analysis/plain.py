@@ -94,6 +94,8 @@ def measure(trained: Trained, images: int) -> Plain:
     patches = None if pos is None else pos[:, _leading(trained.model, reader) :]
     if patches is None:
         missing.append("importance and rank of the PE: none is added to the tokens; it is inside the attention")
+    elif _inside(trained.model):
+        missing.append("importance of the rotary or relative PE: it is inside the attention, and is not replaced")
     return Plain(
         network=trained.name,
         weights=trained.weights,
@@ -113,6 +115,12 @@ def _added(model: nn.Module) -> Tensor | None:
     """The PE that is added to the tokens, `(1, rows, D)`; None: there is none."""
     pos = getattr(model, "pos_embed", None)
     return pos if isinstance(pos, nn.Parameter) and pos.ndim == 3 else None
+
+
+def _inside(model: nn.Module) -> bool:
+    """Whether a PE is inside the attention, rotary or relative."""
+    relative = any("relative_position" in name or "rel_pos" in name for name, _ in model.named_parameters())
+    return relative or getattr(model, "rope", None) is not None
 
 
 def _leading(model: nn.Module, reader: TokenReader) -> int:

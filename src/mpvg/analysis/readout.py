@@ -10,7 +10,7 @@ import torch
 from mpvg.analysis.findings import Estimate
 from mpvg.analysis.linear_probe import Score, attend_all, fit_query, probe_fold, split_folds
 from mpvg.analysis.numbers import estimate_text
-from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference
+from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference, with_width
 from mpvg.analysis.readouts import ATTENTION, READOUTS, Features, check_memory, choose, extract
 from mpvg.analysis.trained import Trained
 from mpvg.models.tokens import TokenReader
@@ -96,7 +96,7 @@ def compare_readouts(
     of_image = split_folds(features.targets, folds, seed)
     scored = sorted(
         (_score(features, name, of_image, folds, trained.info.num_classes, seed) for name in names),
-        key=lambda one: -one.accuracy.value,
+        key=lambda one: (-one.accuracy.value, one.nll.value),
     )
     compared = compare(scored, len(features.targets))
     return ReadoutComparison(len(features.targets), scored, compared, left_out, conclude(scored, compared))
@@ -124,6 +124,7 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
     accuracy, nll = (
         paired_difference(values, folds=True) for values in ([s.accuracy for s in found], [s.nll for s in found])
     )
+    accuracy = with_width(accuracy, len(features.targets))
     share = Interval(max(0.0, accuracy.interval.low), min(1.0, accuracy.interval.high))
     loss = Interval(max(0.0, nll.interval.low), nll.interval.high)
     return Scored(name, Estimate(accuracy.difference, share), Estimate(nll.difference, loss), found)
@@ -133,7 +134,10 @@ def compare(scored: Sequence[Scored], images: int) -> list[Compared]:
     """Every pair of read-outs, on the same folds; Holm's correction is over all pairs."""
     pairs = list(combinations(scored, 2))
     found = [
-        paired_difference([a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)], folds=True)
+        with_width(
+            paired_difference([a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)], folds=True),
+            images,
+        )
         for x, y in pairs
     ]
     judged = zip(pairs, found, judge(found, images), strict=True)

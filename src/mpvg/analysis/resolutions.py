@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpvg import statistics
 from mpvg.analysis.findings import Estimate
 from mpvg.analysis.numbers import estimate_text
-from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference
+from mpvg.analysis.paired import MARGIN, PairedDifference, judge, paired_difference, with_width
 from mpvg.analysis.question import text_list, text_table, write_question
 from mpvg.data import ImageBatch
 from mpvg.models.mixin import DeliveryMixin
@@ -208,7 +208,7 @@ def _rows(size: str, values: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[AtS
         share = float(correct.mean())
         accuracy = Estimate(share, statistics.proportion_interval(share, len(correct)))
         mean = Estimate(*statistics.mean_and_interval(nll.tolist()))
-        pair = None if name == "antialias" else paired_difference((correct - base).tolist())
+        pair = None if name == "antialias" else with_width(paired_difference((correct - base).tolist()), len(correct))
         found.append((AtSize(size, name, accuracy, mean, None if pair is None else pair.estimate), pair))
     return found
 

@@ -6,11 +6,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpvg.files import check_place
 from mpvg.validation import parse_json, printable, shown
+
+if TYPE_CHECKING:
+    from mpvg.config import RunConfig
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +123,21 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Adds the argument that names other data than a run's."""
     parser.add_argument("--data", help="another folder or data set with the same classes (default: the run's own)")
+
+
+def add_skip_corrupt(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that leaves out what cannot be read, as `mpvg train` has it."""
+    parser.add_argument(
+        "--loader.skip_corrupt",
+        dest="skip_corrupt",
+        choices=("true", "false"),
+        help="leave out, and count, images that cannot be read and what is wrong in annotations (default: the run's)",
+    )
+
+
+def skipping(config: "RunConfig", given: str | None) -> "RunConfig":
+    """The config with the value of --loader.skip_corrupt."""
+    return config if given is None else replace(config, loader=replace(config.loader, skip_corrupt=given == "true"))
 
 
 def parse_method(text: str) -> Any:

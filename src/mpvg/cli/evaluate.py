@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import add_data, json_object, positive, run_parser, say
+from mpvg.cli.arguments import add_data, add_skip_corrupt, json_object, positive, run_parser, say, skipping
 from mpvg.cli.own import add_model, use_models, use_models_of_runs
 from mpvg.validation import printable
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mpvg.config import RunConfig
     from mpvg.runs import Run
     from mpvg.runs.checkpoints import Which
 
@@ -28,6 +29,8 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--task_options", type=json_object, metavar="JSON", help='other sizes or scales, such as {"flips": true}'
     )
+    add_skip_corrupt(parser)
+    parser.add_argument("--orientation", choices=("exif", "stored"), help="as `mpvg train` has it (default: the run's)")
     parser.add_argument("--out", metavar="DIR", help="new folder for the mistakes: mistakes.html, CSV, PNG, JSON")
     add_model(parser)
     given = parser.parse_args(arguments)
@@ -44,10 +47,9 @@ def evaluate(arguments: list[str]) -> int:
 
     from mpvg import runs
     from mpvg.runs.memory import evaluation_cure, memory_errors
-    from mpvg.tasks import evaluated_with
 
     run = runs.load(given.run)
-    run = replace(run, config=evaluated_with(run.config, given.task_options or {}))
+    run = replace(run, config=_changed(run.config, given))
     batch, which = given.batch_size or run.config.batch_size, weights_text(run, given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
         model = run.model(given.checkpoint, ema=given.ema).to(run.device)
@@ -93,18 +95,25 @@ def _evaluate_file(given: argparse.Namespace, out: Path | None) -> int:
     from mpvg.recipes import recipe as find
     from mpvg.runs.memory import evaluation_cure, memory_errors
     from mpvg.runs.weights import weights_run
-    from mpvg.tasks import evaluated_with
 
     config = replace(find(given.recipe, given.data), method=parse_method(given.method or "default"))
     use_models(given.model, {f"the recipe {given.recipe}": config.model})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = evaluated_with(config, given.task_options or {})
+    config = _changed(config, given)
     batch = given.batch_size or config.batch_size
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
         run, model, report = weights_run(Path(given.run), config)
         line = _score(run, model.to(device), device, given, out, f"weights: {given.run}")
     say(line, *str(report).splitlines(), *([] if out is None else [f"mistakes in {out}"]))
     return 0
+
+
+def _changed(config: "RunConfig", given: argparse.Namespace) -> "RunConfig":
+    """The config with what an evaluation may do in another way."""
+    from mpvg.tasks import evaluated_with
+
+    config = skipping(evaluated_with(config, given.task_options or {}), given.skip_corrupt)
+    return replace(config, orientation=given.orientation or config.orientation)
 
 
 def weights_text(run: "Run", which: "Which", *, ema: bool) -> str:

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mpvg.config.names import FORM, is_reference, same_network
+from mpvg.config.names import FORM, is_file, is_reference, same_network, split_reference
 
 
 def add_model(
@@ -45,7 +45,8 @@ def use_models_of_runs(typed: Sequence[str], runs: Iterable[str]) -> None:
         if (Path(run) / "config.yaml").exists():
             with contextlib.suppress(ValueError, OSError):
                 named[run] = load(run).config.model
-    use_models(typed, named)
+    if named:
+        use_models(typed, named)
 
 
 def use_typed(name: str) -> None:
@@ -60,5 +61,12 @@ def _matching(typed: str, named: Mapping[str, str]) -> list[str]:
     found = sorted({name for name in named.values() if same_network(name, typed)})
     if not found:
         who = "; ".join(f"{place} has {name}" for place, name in named.items()) or "nothing here needs one"
-        raise ValueError(f"--model is {typed}, but {who}; give that name, or leave --model out")
+        gone = [name for name in named.values() if is_reference(name) and _is_gone(split_reference(name)[0])]
+        renamed = "a file may be moved, not renamed: rename it back, or use mpvg.load(RUN, model=FACTORY) in Python"
+        cure = renamed if gone else "give that name, or leave --model out"
+        raise ValueError(f"--model is {typed}, but {who}; {cure}")
     return found
+
+
+def _is_gone(place: str) -> bool:
+    return is_file(place) and not Path(place).exists()

@@ -28,6 +28,7 @@ def readout(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     data, run = _asked(given)
     from mpvg.analysis import readout as question
+    from mpvg.analysis.paired import note
     from mpvg.files import write_json
     from mpvg.runs.memory import evaluation_cure, memory_errors
 
@@ -44,6 +45,8 @@ def readout(arguments: list[str]) -> int:
     )
     print_table(question.rows(found), right=("accuracy, %", "nll", "best minus it, points"))
     say("", *(f"not measured: {name}: {reason}" for name, reason in found.left_out.items()), found.sentence)
+    for line in note([one.word for one in found.compared]):
+        say(line)
     if given.json:
         write_json(given.json, found.to_dict(trained))
     return 0

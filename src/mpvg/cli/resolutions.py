@@ -1,9 +1,20 @@
 """`mpvg resolutions`: a run at other image sizes."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from mpvg.cli.arguments import Parser, add_data, add_weights, new_file, positive, print_table, say
+from mpvg.cli.arguments import (
+    Parser,
+    add_data,
+    add_skip_corrupt,
+    add_weights,
+    new_file,
+    positive,
+    print_table,
+    say,
+    skipping,
+)
 from mpvg.cli.own import add_model, use_models_of_runs
 
 
@@ -13,6 +24,7 @@ def resolutions(arguments: list[str]) -> int:
     use_models_of_runs(given.model, [given.run])
     from mpvg import runs
     from mpvg.analysis import resolutions as question
+    from mpvg.analysis.paired import note
     from mpvg.analysis.trained import check_classification
     from mpvg.files import check_output, whole_folder, write_json
     from mpvg.runs.checkpoints import describe_weights
@@ -22,6 +34,7 @@ def resolutions(arguments: list[str]) -> int:
     if given.out is not None:
         check_output(Path(given.out))
     run = runs.load(given.run)
+    run = replace(run, config=skipping(run.config, given.skip_corrupt))
     check_classification(run)
     weights = describe_weights(given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure("fewer --samples, or smaller --sizes")):
@@ -33,6 +46,8 @@ def resolutions(arguments: list[str]) -> int:
     say(f"{given.run}: {found.images:,} validation images of {found.data}; weights: {weights}; 95 % intervals", "")
     print_table([question.HEAD, *map(question.cells, found.rows)], right=question.HEAD[2:5])
     say("", *(f"size {name} is left out: {reason}" for name, reason in found.refused.items()), found.sentence)
+    for line in note([row.word for row in found.rows]):
+        say(line)
     if given.json:
         write_json(given.json, found.to_dict())
     if given.out is not None:
@@ -49,6 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="folder that `mpvg train` made")
     parser.add_argument("--sizes", nargs="+", required=True, metavar="SIZE", help="224, or 320x224: height x width")
     add_data(parser)
+    add_skip_corrupt(parser)
     parser.add_argument("--samples", type=positive, help="validation images, spread evenly (default: all)")
     add_weights(parser, "last")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="also writes every number")

@@ -11,7 +11,7 @@ from mpvg.cli.arguments import say
 from mpvg.cli.flags import FREE, Flags, make_parser, parse_flags
 from mpvg.cli.own import use_models, use_typed
 from mpvg.config import FORMAT, RunConfig, flatten, nested
-from mpvg.config.names import is_reference, network_label, same_network
+from mpvg.config.names import is_reference, model_flag, network_label, same_network
 from mpvg.files import read_given
 from mpvg.recipes import RECIPES, recipe, scale_schedule
 from mpvg.validation import parse_config
@@ -166,7 +166,7 @@ def _is_first() -> bool:
 def _print_summary(config: RunConfig, summary: Mapping[str, Any], path: str) -> None:
     if not _is_first():
         return
-    from mpvg.tasks import describe_metrics, task_class
+    from mpvg.tasks import Ranking, describe_metrics, task_class
 
     metrics = ", ".join(describe_metrics(task_class(config.task), summary))
     done = f"done: {metrics}, {summary['images_per_second']:.0f} images/s"
@@ -178,11 +178,11 @@ def _print_summary(config: RunConfig, summary: Mapping[str, Any], path: str) -> 
             "Expect clearly less than from a complete one; methods cannot be compared on it."
         )
     run = shlex.quote(path)
-    own = f" --model {shlex.quote(config.model)}" if is_reference(config.model) else ""
-    say(
-        "next:",
-        f"  mpvg evaluate {run}{own}          scores it again, beside its best epoch",
-        f"  mpvg predict {run} IMAGE{own}     names what is in images",
-        f"  mpvg analyze {run}{own}           shows what the PE does in it: report.html",
-        f"  mpvg plot {run}              draws its curve; give several runs to compare them",
-    )
+    own = model_flag(config.model)
+    ranks = issubclass(task_class(config.task), Ranking)
+    steps = {f"evaluate {run}{own}": "scores it again, beside its best epoch"}
+    steps |= {f"predict {run} IMAGE{own}" + ("" if ranks else " --out DIR"): "says what is in images"}
+    steps |= {f"analyze {run}{own}": "shows what the PE does in it: report.html"} if ranks else {}
+    steps |= {f"plot {run}": "draws its curve; give several runs to compare them"}
+    width = max(map(len, steps))
+    say("next:", *(f"  mpvg {command.ljust(width)}   {text}" for command, text in steps.items()))

@@ -5,6 +5,7 @@ Nothing is imported here; `mpvg.models.importing` does it, for names that the us
 
 import keyword
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def is_file(place: str) -> bool:
 def network_label(name: str) -> str:
     """The name of a network without path or module, for names of folders."""
     return name.rpartition(":")[2] if is_reference(name) else name
+
+
+def model_flag(name: str) -> str:
+    """What a command needs beside a run to import the run's network; empty: nothing."""
+    return f" --model {shlex.quote(name)}" if is_reference(name) else ""
 
 
 def same_network(one: str, other: str) -> bool:

@@ -32,7 +32,7 @@ from mpvg.data.rle import Mask
 from mpvg.data.rules import Names, is_hidden, is_image, read_bounded
 from mpvg.data.types import Split
 from mpvg.files import check_regular, open_regular, read_regular
-from mpvg.validation import check
+from mpvg.validation import check, shown
 
 NAME = "ade20k"
 IMG_SIZE = 512
@@ -103,7 +103,7 @@ def open_ade20k(config: RunConfig, splits: Sequence[Split], class_names: Classes
     check("task_options.reduce_zero_label", reduce, isinstance(reduce, bool), "true, false")
     strict = not config.loader.skip_corrupt
     found = {split: _find(root, split, strict=strict) for split in splits}
-    names = class_names or _named(root) or _counted(found.get("train") or _find(root, "train", strict=strict), reduce)
+    names = _named(root) or class_names or _counted(found.get("train") or _find(root, "train", strict=strict), reduce)
     if not 1 <= len(names) <= MAX_CLASSES:
         raise ValueError(
             f"{root} has {len(names)} classes; allowed: 1 to {MAX_CLASSES}, which labels of 8 bits tell apart"
@@ -199,6 +199,8 @@ def _named(root: Path) -> Classes | None:
             names = [line.split("\t")[-1].strip() for line in names[1:]]
         if not names or not all(names) or not all(map(str.isprintable, names)):
             raise ValueError(f"{path} must hold the name of a class in each line")
+        if twice := next((one for one in names if names.count(one) > 1), None):
+            raise ValueError(f"{path} has the class {shown(twice)} twice; give each a name of its own")
         return tuple(names)
     return None
 

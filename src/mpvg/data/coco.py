@@ -56,7 +56,7 @@ def open_coco(config: RunConfig, splits: Sequence[Split], class_names: Classes |
     categories = {split: one.file.categories for split, one in found.items()}
     names = class_names or _class_names(next(iter(categories.values())))
     check_spelling(names)
-    category_ids = _category_ids(categories, names)
+    category_ids = _category_ids(categories, names, "the classes of the run" if class_names else "train")
     sources = {split: one.source(names, split) for split, one in found.items()}
     return Listing(
         class_names=names,
@@ -73,15 +73,20 @@ def _class_names(categories: Mapping[int, str]) -> Classes:
     return tuple(name for _, name in sorted(categories.items()))
 
 
-def _category_ids(categories: Mapping[Split, Mapping[int, str]], names: Classes) -> tuple[int, ...]:
-    """The ids of the classes in the files, in the order of the targets; none where a file has not all of them."""
+def _category_ids(categories: Mapping[Split, Mapping[int, str]], names: Classes, where: str) -> tuple[int, ...]:
+    """The ids of the classes in the files, in the order of the targets; none where a file has not all of them.
+
+    Args:
+        categories: of each split, id -> name.
+        names: of all classes.
+        where: they are from, for errors.
+    """
     ids: dict[str, int] = {}
     for split, one in categories.items():
         for number, name in one.items():
             if name not in names:
-                raise ValueError(
-                    f"category {name!r} is in {split} but not in train; add its training images, or remove it from val"
-                )
+                cure = "add its training images, or remove it from val"
+                raise ValueError(f"category {name!r} is in {split} but not in {where}; {cure}")
             if ids.setdefault(name, number) != number:
                 raise ValueError(f"category {name!r} has the id {number} in {split} and {ids[name]} in train; use one")
     return tuple(ids[name] for name in names) if len(ids) == len(names) else ()

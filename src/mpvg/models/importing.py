@@ -45,10 +45,8 @@ def absolute_reference(name: str) -> str:
 
 def _import_module(module: str, name: str) -> ModuleType:
     folder = str(Path.cwd())
-    sys.path.append(folder)
-    importlib.invalidate_caches()
     try:
-        with _one_line(name):
+        with _one_line(name), _last_on_path(folder):
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
@@ -57,9 +55,6 @@ def _import_module(module: str, name: str) -> ModuleType:
             f"{shown(name)}: there is no module {error.name}, neither installed nor in {folder}; give the name as for "
             "`import`, or path/file.py:factory"
         ) from error
-    finally:
-        with contextlib.suppress(ValueError):  # the code may have changed the path itself
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
 def _import_file(file: Path, name: str) -> ModuleType:
@@ -79,7 +74,7 @@ def _import_file(file: Path, name: str) -> ModuleType:
     assert spec.loader is not None
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
-        with _one_line(name):
+        with _one_line(name), _last_on_path(str(path.parent)):
             spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
         del sys.modules[module_name]
@@ -88,6 +83,18 @@ def _import_file(file: Path, name: str) -> ModuleType:
         del sys.modules[module_name]
         raise
     return module
+
+
+@contextlib.contextmanager
+def _last_on_path(folder: str) -> Iterator[None]:
+    """Looks modules up in a folder, too, after all other places."""
+    sys.path.append(folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the code may have changed the path itself
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
 @contextlib.contextmanager

@@ -150,8 +150,10 @@ def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:  # whatever the code does
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        cure = "let the factory take it, or give --network.drop_path 0" if "drop_path_rate" in str(error) else ""
-        cure = cure or "MPVG_TRACEBACK=1 shows where"
+        unknown = next((key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)), None)
+        cure = "MPVG_TRACEBACK=1 shows where" if unknown is None else "let the factory take it (docs/own.md)"
+        if unknown == "drop_path_rate":
+            cure = "let the factory take it, or give --network.drop_path 0"
         raise ValueError(f"{name}({given}) raises {describe_error(error)}; {cure}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returns a {type(model).__name__}; allowed: a factory that returns an nn.Module")

@@ -44,7 +44,9 @@ class RunState:
         config, metric = self.run.config, self._metric()
         best = self.best()
         shown = "-" if best is None else f"{metric.title} {metric.format(best)}"
-        described = config.data, config.model, method_name(config), str(config.seed)
+        inside = config.task_options.get("vit")
+        model = config.model if inside is None else f"{config.model} ({inside})"
+        described = config.data, model, method_name(config), str(config.seed)
         return (str(self.path), self.state, f"{len(self.metrics)}/{config.epochs}", shown, *described)
 
     def values(self) -> dict[str, Any]:
@@ -75,7 +77,8 @@ class RunState:
 def seed_means(states: Sequence[RunState]) -> list[tuple[str, ...]]:
     """The rows of MEANS: complete runs that differ in the seed only, where there are several.
 
-    The value is that of the last epoch, which no validation set selected, as mean and Student's t interval (95 %).
+    The value is that of the last epoch, which no validation set selected, as mean and Student's t interval (95 %),
+    which ends at 0 and at 100 %.
     """
     groups: dict[str, dict[int, RunState]] = {}
     configs: dict[str, RunConfig] = {}
@@ -91,7 +94,8 @@ def seed_means(states: Sequence[RunState]) -> list[tuple[str, ...]]:
         metric = task.metrics[task.best]
         mean, interval = mean_and_interval([state.metrics[-1][task.best] for state in seeds.values()])
         if interval is not None:
-            spread = " to ".join(map(metric.format, interval))
+            low, high = (min(max(value, 0), 1) if metric.percent else value for value in interval)
+            spread = f"{metric.format(low)} to {metric.format(high)}"
             rows.append((names[digest], str(len(seeds)), f"{metric.title} {metric.format(mean)} ({spread})"))
     return rows
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mpvg.config import RunConfig
@@ -43,7 +43,8 @@ def register(name: str, task: type[Task[Any]], options: type[Any] = NoOptions) -
         name: of the task.
         task: a class with the interface `Task`.
         options: a frozen dataclass; `task_options` of a config must fit it. Its class variable `evaluation`, if it has
-            one, names those that `evaluated_with` may change.
+            one, names those that `evaluated_with` may change; its property `unused` gives the reason for each option
+            without an effect on an evaluation.
 
     Raises:
         ValueError: the name is taken.
@@ -75,12 +76,20 @@ def evaluated_with(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
         ValueError: there is no such task, or it cannot change one of them after training.
     """
     task_class(config.task)
-    allowed: Sequence[str] = getattr(_TASKS[config.task][1], "evaluation", ())
+    kind = _TASKS[config.task][1]
+    allowed: Sequence[str] = getattr(kind, "evaluation", ())
+    known = f"allowed of {config.task}: {', '.join(allowed) or 'none'}"
     for name in options:
         if name not in allowed:
-            known = f"of {config.task}: {', '.join(allowed)}" if allowed else f"none, as {config.task} has none"
-            raise ValueError(f"{shown('task_options.' + name)} cannot be changed after training; allowed {known}")
-    return replace(config, task_options={**config.task_options, **options})
+            has = any(one.name == name for one in fields(kind))
+            reason = "cannot be changed after training" if has else f"is no option of {config.task}"
+            raise ValueError(f"{shown('task_options.' + name)} {reason}; {known}")
+    changed = replace(config, task_options={**config.task_options, **options})
+    unused: Mapping[str, str] = getattr(build(kind, changed.task_options, "task_options."), "unused", {})
+    for name in options:
+        if name in unused:
+            raise ValueError(f"{shown('task_options.' + name)} changes nothing: {unused[name]}")
+    return changed
 
 
 def selecting_metric(config: RunConfig) -> str:

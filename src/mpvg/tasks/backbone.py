@@ -7,6 +7,7 @@ from mpvg.config.names import check_architecture
 from mpvg.data import DataInfo
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.trunk import DenseBackbone, Forward
+from mpvg.validation import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class DenseOptions:
 
     def __post_init__(self) -> None:
         if self.vit is not None:
+            check("task_options.vit", self.vit, bool(self.vit), "a name of `create_model`")
             check_architecture("task_options.vit", self.vit)
 
 

@@ -47,6 +47,8 @@ class DetectionOptions(DenseOptions, DetectionSizes):
         super().__post_init__()
         for name in ("long_side", "max_side", "test_side", "channels", "hidden", "regions", "proposals"):
             check(f"task_options.{name}", getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
+        limit = f"at most long_side, {self.long_side}"
+        check("task_options.test_side", self.test_side, self.test_side <= self.long_side, limit)
         sides = (*self.short_sides, *self.first_sides, *self.crop_sides)
         check("task_options.short_sides", self.short_sides, bool(self.short_sides), "at least one side")
         check("the sides in task_options", sides, min(sides) >= 1, "whole numbers >= 1")

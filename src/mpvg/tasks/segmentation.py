@@ -58,11 +58,20 @@ class SegmentationOptions(DenseOptions, SegmentationSizes):
     evaluation: ClassVar[tuple[str, ...]] = ("short_side", "long_side", "crop", "sliding", "stride", "scales", "flips")
     """Options that a trained network can be evaluated with at other values."""
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Option -> why an evaluation does not use it."""
+        if self.sliding:
+            return {}
+        return dict.fromkeys(("crop", "stride"), "windows do not slide; give also sliding as true")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("short_side", "long_side", "channels", "auxiliary_channels", "stride"):
             value = getattr(self, name)
             check(f"task_options.{name}", value, value >= 1, "a whole number >= 1")
+        limit = f"at most long_side, {self.long_side}"
+        check("task_options.short_side", self.short_side, self.short_side <= self.long_side, limit)
         allowed = f"a multiple of {DIVISOR}, at least that"
         check("task_options.crop", self.crop, self.crop > 0 and self.crop % DIVISOR == 0, allowed)
         check(

@@ -21,6 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mpvg.config import RunConfig
+from mpvg.config.names import model_flag
 from mpvg.data import Data, Shard, open_data
 from mpvg.data.order import describe_left_out
 from mpvg.files import write_json
@@ -293,19 +294,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()  # torchrun kills the others when one of them ends
         return Interrupted(
             f"{STOPPED_BY[signal.Signals(self.stopped_by)]}: stopped after step {self.progress.step}, which is saved; "
-            f"continue with `mpvg train --resume {self.run.path}`",
+            f"continue with `mpvg train --resume {self.run.path}{model_flag(self.run.config.model)}`",
             128 + self.stopped_by,
         )
 
     def _out_of_memory(self, error: OutOfMemory) -> OutOfMemory:
         """The error with how to continue, where a checkpoint is there."""
-        path = self.run.path
-        if not has_checkpoint(path):
+        if not has_checkpoint(self.run.path):
             return error
-        return OutOfMemory(
-            f"{error}; or continue with `mpvg train --resume {path}` where more is free, or after loader.workers is "
-            f"changed in its config.yaml"
-        )
+        again = f"{self.run.path}{model_flag(self.run.config.model)}"
+        where = "where more is free, or after loader.workers is changed in its config.yaml"
+        return OutOfMemory(f"{error}; or continue with `mpvg train --resume {again}` {where}")
 
     def _diverged(self, what: str) -> NonFiniteLoss:
         last = self.run.path / "checkpoints" / "last"

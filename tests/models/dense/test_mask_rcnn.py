@@ -358,6 +358,12 @@ def test_a_file_of_other_classes_is_refused(detector: MaskRCNN, tmp_path: Path) 
         ValueError, match=r"does not fit: backbone\.body\.vit\.delivery\.layer_norms\.1\.bias is missing"
     ):
         load_complete(detector, file)
+    body = create_adapter("vit_adapter_canvas", "mpvg", forward="detection")
+    other = MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50)
+    save_file({name: value.contiguous() for name, value in other.state_dict().items()}, file)
+    body = create_adapter("vit_adapter_canvas", "default", forward="detection")
+    with pytest.raises(ValueError, match=r"layer_norms\.\S+ has no place in the network.*Give the --recipe, --method"):
+        load_complete(MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32), file)
     largest = MaskRCNN(body, 80, anchor_sizes=CANVAS_ANCHORS, channels=16, hidden=32, regions=32, proposals=50)
     save_file(official_names(largest.state_dict()), file)  # it has more rows than ours have with the background
     with pytest.raises(ValueError, match=r"does not fit: roi_head\.bbox_head\.fc_cls\.bias is \(81,\)"):
@@ -376,3 +382,13 @@ def test_layers_and_heads_have_rates_of_their_own(detector: MaskRCNN) -> None:
         assert scale == 0.5 ** (depth + 1 if stem else depth - int(layer[1]) if layer else 0), name
     heads = set(map(id, detector.get_classifier().parameters()))
     assert {names[one].split(".")[0] for one in heads} == {"roi_heads"}
+
+
+def test_the_pyramid_begins_as_mmcv_s() -> None:
+    """Xavier: the bound of 64 to 256 channels is sqrt(6 / 320)."""
+    torch.manual_seed(0)
+    body = create_adapter("vit_adapter_canvas", "default", forward="detection")
+    fpn: Any = MaskRCNN(body, 3, anchor_sizes=CANVAS_ANCHORS, channels=256, hidden=8).backbone.fpn
+    for block in fpn.inner_blocks:
+        assert float(block[0].weight.detach().abs().max()) == pytest.approx((6 / 320) ** 0.5, rel=1e-2)
+        assert not block[0].bias.detach().any()

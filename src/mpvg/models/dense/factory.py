@@ -77,7 +77,7 @@ def create_adapter(
     sizes = ADAPTERS[name]
     if kwargs.get("pos_std") is not None and checkpoint_path is not None:
         raise ValueError(f"pos_std={kwargs['pos_std']} rescales a new PE, but {checkpoint_path} has a trained one")
-    trunk = _create_trunk(vit or sizes.vit, method, drop_path_rate=drop_path_rate, **kwargs)
+    trunk = _create_trunk(sizes.vit if vit is None else vit, method, drop_path_rate=drop_path_rate, **kwargs)
     depth = len(trunk.blocks)
     own = vit is None and sizes.global_layers
     where: dict[str, Any] = {"forward": forward, "window": sizes.window}

@@ -85,6 +85,9 @@ class Pyramid(nn.Module):
         self.body, self.out_channels = body, channels
         widths = [body.embed_dim] * len(STRIDES)
         self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
+        for layer in self.fpn.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)  # as mmcv; torchvision's is Kaiming
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images `(B, C, H, W)` to maps `(B, channels, H / s, W / s)`, s = 4, 8, 16, 32, 64, by name."""

@@ -129,15 +129,16 @@ def load_complete(network: nn.Module, path: str | Path) -> LoadReport:
     """
     parts: Sequence[Part] = getattr(network, "official", ())
     names = read_tensors(path).keys()
-    if parts and not names <= network.state_dict().keys():
+    if parts and not any(".vit." in name for name in names):
         return load_official(network, path, parts)
     if parts:  # a dense network of this package
         state, wanted = read_tensors(path), network.state_dict()
         problems = [f"{name} is missing" for name in wanted.keys() - names]
+        problems += [f"{name} has no place in the network" for name in names - wanted.keys()]
         problems += [
             f"{name} is {tuple(tensor.shape)}, the network's is {tuple(wanted[name].shape)}"
             for name, tensor in state.items()
-            if tensor.shape != wanted[name].shape
+            if name in wanted and tensor.shape != wanted[name].shape
         ]
         if problems:
             raise ValueError(
