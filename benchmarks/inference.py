@@ -11,7 +11,8 @@ Everything runs on one thread. In every round each variant runs once, in a shuff
 the round: the table has their median and its 95 % interval by order statistics. The reference of each group stands in
 it twice (A/A). A group is measured again with new networks, up to three times, and otherwise marked as discarded, if
 the 95 % interval of A/A excludes 1, its median is off by more than 1 % (2 % with ten pairs), or the rate of a fixed
-matrix product moved by more than 10 %. CPU time decides; wall time is in the records, `benchmarks/records/inference-PART.json`.
+matrix product moved by more than 10 %. CPU time decides; wall time is in the records,
+`benchmarks/records/inference-PART.json`.
 Exit status: 0, or 2 if a limit fails.
 """
 

@@ -635,7 +635,7 @@ def test_a_network_that_only_has_a_class_token_is_checked(
     before = list(sys.path)
     assert main(["check-network", f"{token_only}:build"]) == 0
     out = capsys.readouterr().out
-    assert "with default, lape: logits differ" in out
+    assert "with default, lape, pvg_token: logits differ" in out
     assert "refused, with a reason: gap, lape_gap, pvg, mpvg" in out
     assert sys.path == before
     said = refused("check-network", f"{token_only}:fixed")

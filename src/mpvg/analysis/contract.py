@@ -77,8 +77,8 @@ def check_network(build: Build) -> Iterator[Check]:
     variants = [method for method in METHODS if _supports(build, method)]
     refused = [method for method in METHODS if method not in variants]
     yield _guarded("methods", lambda build: _methods(build, variants, refused), build)
-    by_token = () if "lape_gap" in variants else ("lape",)
-    kinds = [method for method in (*FOLDED, *by_token) if method in variants]
+    kinds = [method for method in FOLDED if method in variants]
+    kinds = kinds if len(kinds) > 1 else variants  # of a network that has to have its class token
     yield _guarded("fold", lambda build: _folds(build, kinds), build)
     yield _guarded("image sizes", lambda build: _sizes(build, kinds), build)
     yield _guarded("weights", weights, build)
