@@ -55,7 +55,7 @@ def evaluate(arguments: list[str]) -> int:
         model = run.model(given.checkpoint, ema=given.ema).to(run.device)
         line = _score(run, model, run.device, given, out, which)
     say(line, which, *([] if out is None else [f"mistakes in {out}"]))
-    unchanged = given.data is None and given.task_options is None
+    unchanged = (given.data, given.task_options, given.orientation) == (None, None, None)
     if given.checkpoint == "last" and unchanged and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")
     return 0
