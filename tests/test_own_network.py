@@ -651,3 +651,20 @@ def test_a_renamed_file_and_a_missing_run_are_said(token_only: Path, refused: Ca
     assert said.endswith(
         "a file may be moved, not renamed: rename it back, or use mpvg.load(RUN, model=FACTORY) in Python"
     )
+
+
+def test_a_neighbor_of_another_folder_is_not_taken(token_only: Path, refused: Callable[..., str]) -> None:
+    other = token_only.parent / "other"
+    other.mkdir()
+    (other / "layers.py").write_text("Layer = None\n")
+    (other / "token_only.py").write_text(TOKEN_ONLY)
+    assert main(["check-network", f"{token_only}:build"]) == 0
+    said = refused("check-network", f"{other / 'token_only.py'}:build")
+    assert f"imports layers, which is {token_only.with_name('layers.py')} and not {other / 'layers.py'}" in said
+
+
+def test_an_error_of_the_code_is_no_refusal_of_a_method(token_only: Path, refused: Callable[..., str]) -> None:
+    token_only.write_text(
+        TOKEN_ONLY.replace("        spec = resolve", '        {"lape": 1}[method]\n        spec = resolve')
+    )
+    assert "raises KeyError" in refused("check-network", f"{token_only}:build")

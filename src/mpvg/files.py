@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHECKSUMS = "checksums.json"
-"""In the folder of a checkpoint: the hashes of its files."""
+CHECKSUMS, STATE = "checksums.json", "state.json"
+"""In the folder of each checkpoint: the hashes of its files, and where training is."""
 _CURES = {errno.ENAMETOOLONG: "choose a shorter name"} | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS), "make the folder writable"
 )
@@ -144,9 +144,9 @@ def check_place(out: Path) -> None:
     Raises:
         ValueError: `out` is one, or within one.
     """
-    place = out.resolve()
+    place = Path(os.path.realpath(out))  # which takes links that lead in a circle
     for folder in (place, *place.parents):
-        if (folder / CHECKSUMS).is_file():
+        if all((folder / name).is_file() for name in (CHECKSUMS, STATE)):
             raise ValueError(f"{out} is within the checkpoint {folder}, which another file damages; give another name")
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import EncoderBlock
 
 from mpvg import DeliveryMixin, PositionDelivery
-from mpvg.analysis.contract import Check, check_network
+from mpvg.analysis.contract import Check, _has_stages, check_network
 from mpvg.delivery import Method, NetworkTraits, resolve
 from mpvg.models.fold import fold
 
@@ -207,3 +208,11 @@ def test_a_delivery_of_ones_own_passes_and_its_gates_scale_what_layers_receive(
     assert torch.equal(after.last, before.last)
     images = torch.randn(2, model.in_chans, 8, 8)
     torch.testing.assert_close(fold(model)(images), model(images), atol=1e-6, rtol=0)
+
+
+def test_stages_are_told_from_the_widths_of_their_layer_norms() -> None:
+    for widths, stages in (((8, 8, 8), False), ((8, 8, 16), True), ((8, 16, 16), True)):
+        norms = [nn.LayerNorm(width) for width in widths]
+        assert _has_stages(SimpleNamespace(attention_norms=norms[:-1], norm=norms[-1])) == stages
+    norms = [nn.LayerNorm(8), nn.LayerNorm(16, bias=False)]  # of which another check tells
+    assert not _has_stages(SimpleNamespace(attention_norms=norms[:1], norm=norms[1]))

@@ -324,6 +324,11 @@ def test_a_batch_without_a_labelled_pixel_has_a_finite_loss() -> None:
         ({"task_options": {"channels": 0}}, "task_options.channels is 0; allowed: a whole number >= 1"),
         ({"task_options": {"classifier_std": 0.0}}, "task_options.classifier_std is 0.0; allowed: a number in (0, 1]"),
         ({"task_options": {"width": 1}}, "unknown config key 'task_options.width'"),
+        (
+            {"task_options": {"vit": "mine.py:vit"}},
+            "task_options.vit is 'mine.py:vit'; allowed: a network of this package",
+        ),
+        ({"task_options": {"vit": ""}}, "task_options.vit is ''; allowed: a network of this package, or timm/NAME"),
         ({"task_options": {"vit": "timm/hf-hub:a/b"}}, "task_options.vit is 'timm/hf-hub:a/b', which is looked up"),
     ],
 )
@@ -462,7 +467,7 @@ def test_a_run_is_evaluated_at_other_sizes(
         assert main([*given, options]) == 0
         out = capsys.readouterr().out
         assert f"on 5 images with {options}\n" in out
-        assert "selected on this set" not in out
+        assert ("selected on this set" in out) == (options == "{}")
         said.append(out.partition(" on 5 images")[0])
     assert said[0] != said[1] != said[2]
     assert f"mIoU {100 * load(run).metrics()[-1]['miou']:.2f} %" in said[0]
@@ -473,8 +478,11 @@ def test_a_run_is_evaluated_at_other_sizes(
     for options, message in (
         ('{"channels": 9}', "'task_options.channels' cannot be changed after training; allowed of segmentation: short"),
         ('{"channel": 9}', "'task_options.channel' is no option of segmentation; allowed of segmentation: short_side"),
-        ('{"stride": 9}', "'task_options.stride' changes nothing: windows do not slide; give also sliding as true"),
-        ('{"short_side": 999}', "task_options.short_side is 999; allowed: at most long_side, 128"),
+        ('{"stride": 9}', "'task_options.stride' changes nothing: windows do not slide; give sliding too"),
+        (
+            '{"short_side": 999}',
+            "'task_options.short_side' changes nothing: long_side is 128; give a larger long_side too",
+        ),
         ('{"scales": [9]}', "task_options.scales is (9,); allowed: one or more numbers in [0.1, 8]"),
         ("[1]", "argument --task_options: '[1]' is not allowed; give a JSON object; see `mpvg evaluate --help`"),
         ('{"scales": [1,', "is not valid JSON"),
@@ -574,4 +582,6 @@ def test_broken_data_are_left_out_of_an_evaluation_if_asked_for(
     assert main(command) == 2
     assert "--loader.skip_corrupt true" in capsys.readouterr().err
     assert main([*command, "--loader.skip_corrupt", "true", "--orientation", "stored"]) == 0
-    assert "on 2 images, 1 unreadable ones skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "on 2 images, orientation stored, 1 unreadable ones skipped" in out
+    assert "selected on this set" not in out

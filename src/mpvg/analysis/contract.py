@@ -3,9 +3,7 @@
 Each check is a function of a network and images, which gives what is wrong in words, or a number that says how much.
 """
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,23 +12,18 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from mpvg.analysis.sensitivity import change_delivery
-from mpvg.delivery import METHODS, DeliveredPE, as_spec
+from mpvg.analysis.perturbed import Build, delivering, noisy, shifted, supports
+from mpvg.delivery import METHODS, as_spec
 from mpvg.models.fold import fold
 from mpvg.models.mixin import DeliveryMixin
 from mpvg.models.network import delivered_network, patch_grid
 from mpvg.models.own import problems
 
-NOISE = 0.1
-"""Standard deviation of what is added to every parameter, so that none is where it starts: a head at 0 passes no
-gradient on, and a PE of 0 is not seen."""
 TOLERANCE = 1e-4
 """Largest difference of a logit that is rounding, in float32, relative to the largest logit."""
 IMAGES = 2
 FOLDED = ("default", "lape_gap", "pvg", "mpvg")
 """Methods with which a network is folded and resized: with and without PE at the input, layers and Last LN."""
-
-Build = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
@@ -65,16 +58,16 @@ def check_network(build: Build) -> Iterator[Check]:
     Args:
         build: builds the network; it takes `method`, a name, and `num_classes`.
     """
-    first = next((method for method in ("mpvg", *METHODS) if _supports(build, method)), "mpvg")
+    first = next((method for method in ("mpvg", *METHODS) if supports(build, method)), "mpvg")
     build = partial(build, method=first)  # calls may give another
-    model = _noisy(build)
+    model = noisy(build)
     missing = problems(model)
     yield _check("members", missing, "pos_embed, delivery, blocks, norm and all that follows from them")
     if missing:
         return
     for name, check in (("shapes", shapes), ("gradients", _gradients), ("probe", _probe), ("delivery", delivery)):
         yield _guarded(name, check, build)
-    variants = [method for method in METHODS if _supports(build, method)]
+    variants = [method for method in METHODS if supports(build, method)]
     refused = [method for method in METHODS if method not in variants]
     yield _guarded("methods", lambda build: _methods(build, variants, refused), build)
     kinds = [method for method in FOLDED if method in variants]
@@ -87,29 +80,39 @@ def check_network(build: Build) -> Iterator[Check]:
 def shapes(build: Build) -> tuple[list[str], str]:
     """Logits `(B, classes)`, tokens `(B, N, D)` with the prefix first, pooled `(B, D)`; the head on the pooled ones."""
     classes = 5
-    model = _noisy(build, num_classes=classes)
+    model = noisy(build, num_classes=classes)
     network: Any = model
     batch = example_images(model)
     logits = model(batch)
     wrong = [] if logits.shape == (IMAGES, classes) else [f"logits are {tuple(logits.shape)}, not {(IMAGES, classes)}"]
     if not wrong and not logits.isfinite().all():
         wrong.append("logits are NaN or infinite")
-    if isinstance(model, DeliveryMixin) and not _has_stages(network):  # others may read out in their own way
-        tokens = network.forward_features(batch)
-        rows, columns = patch_grid(network)
-        count = rows * columns + network.num_prefix_tokens
-        if tokens.ndim != 3 or tokens.shape[:2] != (IMAGES, count):
-            wrong.append(
-                f"forward_features gives {tuple(tokens.shape)}, not {(IMAGES, count, 'D')}: {rows} x {columns} patches "
-                f"and {network.num_prefix_tokens} prefix tokens"
-            )
-        elif (pooled := network.pool(tokens)).shape != (IMAGES, tokens.shape[2]):
-            wrong.append(f"pool gives {tuple(pooled.shape)}, not {(IMAGES, tokens.shape[2])}")
-        elif network.global_pool == "avg" and _adds_up(network.pool, tokens) > TOLERANCE:
-            wrong.append("pool is not a mean, and global_pool is 'avg': give it another name there")
-        elif not wrong and difference(network.get_classifier()(pooled), logits) > TOLERANCE:
-            wrong.append("logits are not the head on what pool gives for forward_features")
-    return wrong, f"{IMAGES} images to logits {tuple(logits.shape)}"
+    seen = f"{IMAGES} images to logits {tuple(logits.shape)}"
+    if isinstance(model, DeliveryMixin) and _has_stages(network):
+        return wrong, f"{seen}; tokens and pooling are not checked in a network with stages"
+    if isinstance(model, DeliveryMixin):  # a family of this package may read out in its own way
+        found = _wrong_tokens(network, network.forward_features(batch), None if wrong else logits)
+        wrong += [] if found is None else [found]
+    return wrong, seen
+
+
+def _wrong_tokens(network: Any, tokens: Tensor, logits: Tensor | None) -> str | None:
+    """What is wrong with the tokens, their pooling, or the head on it; without logits the head is not looked at."""
+    rows, columns = patch_grid(network)
+    count = rows * columns + network.num_prefix_tokens
+    if tokens.ndim != 3 or tokens.shape[:2] != (IMAGES, count):
+        return (
+            f"forward_features gives {tuple(tokens.shape)}, not {(IMAGES, count, 'D')}: {rows} x {columns} patches "
+            f"and {network.num_prefix_tokens} prefix tokens"
+        )
+    pooled = network.pool(tokens)
+    if pooled.shape != (IMAGES, tokens.shape[2]):
+        return f"pool gives {tuple(pooled.shape)}, not {(IMAGES, tokens.shape[2])}"
+    if network.global_pool == "avg" and _adds_up(network.pool, tokens) > TOLERANCE:
+        return "pool is not a mean, and global_pool is 'avg': give it another name there"
+    if logits is not None and difference(network.get_classifier()(pooled), logits) > TOLERANCE:
+        return "logits are not the head on what pool gives for forward_features"
+    return None
 
 
 def idle_parameters(model: nn.Module, images: Tensor, least: float = 1e-12) -> list[str]:
@@ -155,13 +158,13 @@ def delivery(build: Build) -> tuple[list[str] | None, str]:
 
     This also finds a network that computes what is delivered past `deliver`, which folding and analysis replace.
     """
-    model = _noisy(build)
+    model = noisy(build)
     network: Any = model
     if not hasattr(network, "attention_norms"):
         return None, "a family of this package, which has tests of its own"
     batch, wrong = example_images(model), []
     if _has_stages(network):
-        return None, "not checked in a network with stages, whose tokens change in number or width"
+        return None, "not checked in a network with stages, whose tokens change their width"
     norms = [*network.attention_norms, network.norm]
     depth = len(network.blocks)
     shift = torch.randn(network.raw_pos_embed().shape[-1])
@@ -173,11 +176,11 @@ def delivery(build: Build) -> tuple[list[str] | None, str]:
             continue
         nothing: list[Tensor | None] = [None] * (depth + 1)
         pes = [*nothing[:place], shift.expand(1, count, -1), *nothing[place + 1 :]]
-        with _delivering(model, nothing):
+        with delivering(model, nothing):
             without = model(batch)
-            with _shifted(norm.bias, shift):
+            with shifted(norm.bias, shift):
                 expected = model(batch)
-        with _delivering(model, pes):
+        with delivering(model, pes):
             found = model(batch)
         if difference(found, without) < TOLERANCE:
             wrong.append(f"what deliver returns for {name} changes nothing: use the values of self.deliver, once")
@@ -187,9 +190,9 @@ def delivery(build: Build) -> tuple[list[str] | None, str]:
 
 
 def _has_stages(network: Any) -> bool:
-    """Whether the Last LN is for tokens of another width than the first layer's."""
-    first, last = network.attention_norms[0], network.norm
-    return tuple(getattr(first, "normalized_shape", ())) != tuple(getattr(last, "normalized_shape", ()))
+    """Whether the LNs are for tokens of more than one width."""
+    biases = (getattr(norm, "bias", None) for norm in (*network.attention_norms, network.norm))
+    return len({bias.numel() for bias in biases if bias is not None}) > 1
 
 
 def fold_difference(model: nn.Module, images: Tensor) -> float:
@@ -204,7 +207,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def weights(build: Build) -> tuple[list[str], str]:
     """Weights are saved and loaded completely: no tensor is saved under two names, and none is missing."""
-    model, other = _noisy(build), _noisy(build)
+    model, other = noisy(build), noisy(build)
     state = model.state_dict()
     places: dict[int, str] = {}
     for name, tensor in state.items():
@@ -230,14 +233,14 @@ def _adds_up(pool: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
 
 
 def _gradients(build: Build) -> tuple[list[str], str]:
-    model = _noisy(build)
+    model = noisy(build)
     idle = idle_parameters(model, example_images(model))
     wrong = [f"no gradient reaches {', '.join(idle[:4])}" + (" and others" if len(idle) > 4 else "")] if idle else []
     return wrong, f"each of {len(list(model.parameters()))} parameters gets one"
 
 
 def _probe(build: Build) -> tuple[list[str], str]:
-    model = _noisy(build)
+    model = noisy(build)
     wrong = probe_problems(model, example_images(model))
     return wrong, f"it sees {len(delivered_network(model).blocks)} layers, then the Last LN, with what they receive"
 
@@ -245,7 +248,7 @@ def _probe(build: Build) -> tuple[list[str], str]:
 def _methods(build: Build, variants: list[str], refused: list[str]) -> tuple[list[str], str]:
     wrong = []
     for method in variants:
-        model = _noisy(build, method)
+        model = noisy(build, method)
         network, asked = delivered_network(model), as_spec(method)
         if replace(network.spec, pool=asked.pool, first_layer=asked.first_layer) != asked:
             wrong.append(f"with method {method} it runs {network.spec.to_dict()}: pass the method on")
@@ -253,9 +256,9 @@ def _methods(build: Build, variants: list[str], refused: list[str]) -> tuple[lis
         batch = example_images(model)
         wrong += [f"{method}: {problem}" for problem in probe_problems(model, batch)]
         nothing: list[Tensor | None] = [None] * (len(network.blocks) + 1)
-        with _delivering(model, nothing):
+        with delivering(model, nothing):
             before = model(batch)
-            with _shifted(network.raw_pos_embed(), torch.randn_like(network.raw_pos_embed())):
+            with shifted(network.raw_pos_embed(), torch.randn_like(network.raw_pos_embed())):
                 moved = difference(model(batch), before) > TOLERANCE
         if moved != network.spec.input_pe:
             what = "is added" if moved else "is not added"
@@ -267,7 +270,7 @@ def _methods(build: Build, variants: list[str], refused: list[str]) -> tuple[lis
 def _folds(build: Build, methods: list[str]) -> tuple[list[str], str]:
     worst, wrong = 0.0, []
     for method in methods:
-        model = _noisy(build, method)
+        model = noisy(build, method)
         found = fold_difference(model, example_images(model))
         worst = max(worst, found)
         if not found <= TOLERANCE:
@@ -277,7 +280,7 @@ def _folds(build: Build, methods: list[str]) -> tuple[list[str], str]:
 
 def _sizes(build: Build, methods: list[str]) -> tuple[list[str] | None, str]:
     for method in methods:
-        model = _noisy(build, method)
+        model = noisy(build, method)
         network = delivered_network(model)
         (height, width), (rows, columns) = to_2tuple(network.img_size), to_2tuple(network.patch_size)
         size = height + rows, width + 2 * columns
@@ -309,42 +312,3 @@ def _guarded(name: str, check: Callable[[Build], tuple[list[str] | None, str]], 
 
 def _check(name: str, wrong: list[str], text: str) -> Check:
     return Check(name, not wrong, "; ".join(wrong) or text)
-
-
-def _supports(build: Build, method: str) -> bool:
-    try:
-        build(method=method)
-    except ValueError:
-        return False
-    return True
-
-
-def _noisy(build: Build, method: str | None = None, **kwargs: Any) -> nn.Module:
-    """A network in evaluation mode in which no parameter is where it starts."""
-    model = build(**({} if method is None else {"method": method}), **kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(NOISE * torch.randn_like(parameter))
-    return model
-
-
-@contextmanager
-def _delivering(model: nn.Module, pes: list[Tensor | None]) -> Iterator[None]:
-    """Delivers these values, those of the layers and the Last LN's, and computes no gradients."""
-
-    def change(delivered: DeliveredPE) -> DeliveredPE:
-        return delivered._replace(per_layer=tuple(pes[:-1]), last=pes[-1])
-
-    with torch.no_grad(), change_delivery(model, change):
-        yield
-
-
-@contextmanager
-def _shifted(tensor: Tensor, shift: Tensor) -> Iterator[None]:
-    """Adds to a tensor, inside a `with` block."""
-    before = copy.deepcopy(tensor.data)
-    tensor.data += shift
-    try:
-        yield
-    finally:
-        tensor.data = before

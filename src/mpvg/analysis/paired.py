@@ -61,10 +61,10 @@ def paired_difference(differences: Sequence[float], *, folds: bool = False) -> P
 
 
 def with_width(found: PairedDifference, images: int) -> PairedDifference:
-    """The same; where all differences are equal, the interval is that of the rule of three, not of width 0.
+    """The same; where no image differs from another, the interval is that of the rule of three, not of width 0.
 
     Args:
-        found: a difference in accuracy.
+        found: an accuracy, or a difference of two; a standard error of 0 must mean that all images are alike.
         images: on which it was measured.
     """
     if found.error:
@@ -74,13 +74,14 @@ def with_width(found: PairedDifference, images: int) -> PairedDifference:
 
 
 def note(words: Sequence[str]) -> list[str]:
-    """What the table of some words of `judge` has to be read with, in lines; none where no word asks for images."""
-    if not any("needs" in word for word in words):
-        return []
-    return [
-        f"needs N images: so many find a difference of {100 * MARGIN:g} point; a larger one needs fewer",
-        "an interval is of one difference alone; the last column is corrected for all of them",
-    ]
+    """How to read a table with some words of `judge`, in lines."""
+    lines = []
+    if any("needs" in word for word in words):
+        found = f"a difference of {100 * MARGIN:g} point would be found"
+        lines.append(f"needs N images: with N images, {found}; larger ones need fewer")
+    if len(words) > 1:
+        lines.append("the last column is corrected for the number of comparisons; the intervals are not")
+    return lines
 
 
 def judge(found: Sequence[PairedDifference], images: int) -> list[tuple[float, str]]:

@@ -124,7 +124,8 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
     accuracy, nll = (
         paired_difference(values, folds=True) for values in ([s.accuracy for s in found], [s.nll for s in found])
     )
-    accuracy = with_width(accuracy, len(features.targets))
+    if accuracy.difference in (0, 1):
+        accuracy = with_width(accuracy, len(features.targets))
     share = Interval(max(0.0, accuracy.interval.low), min(1.0, accuracy.interval.high))
     loss = Interval(max(0.0, nll.interval.low), nll.interval.high)
     return Scored(name, Estimate(accuracy.difference, share), Estimate(nll.difference, loss), found)
@@ -133,13 +134,12 @@ def _score(features: Features, name: str, of_image: torch.Tensor, folds: int, cl
 def compare(scored: Sequence[Scored], images: int) -> list[Compared]:
     """Every pair of read-outs, on the same folds; Holm's correction is over all pairs."""
     pairs = list(combinations(scored, 2))
-    found = [
-        with_width(
-            paired_difference([a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)], folds=True),
-            images,
-        )
-        for x, y in pairs
-    ]
+    found = []
+    for x, y in pairs:
+        differences = [a.accuracy - b.accuracy for a, b in zip(x.folds, y.folds, strict=True)]
+        pair = paired_difference(differences, folds=True)
+        alike = x.accuracy.value == y.accuracy.value and x.accuracy.value in (0, 1)  # on every image
+        found.append(with_width(pair, images) if alike else pair)
     judged = zip(pairs, found, judge(found, images), strict=True)
     return [Compared(x.name, y.name, one, p, word) for (x, y), one, (p, word) in judged]
 

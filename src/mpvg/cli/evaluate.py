@@ -49,13 +49,13 @@ def evaluate(arguments: list[str]) -> int:
     from mpvg.runs.memory import evaluation_cure, memory_errors
 
     run = runs.load(given.run)
-    run = replace(run, config=_changed(run.config, given))
+    own, run = run.config, replace(run, config=_changed(run.config, given))
     batch, which = given.batch_size or run.config.batch_size, weights_text(run, given.checkpoint, ema=given.ema)
     with memory_errors(evaluation_cure(f"a smaller --batch_size than {batch}")):
         model = run.model(given.checkpoint, ema=given.ema).to(run.device)
         line = _score(run, model, run.device, given, out, which)
     say(line, which, *([] if out is None else [f"mistakes in {out}"]))
-    unchanged = (given.data, given.task_options, given.orientation) == (None, None, None)
+    unchanged = given.data is None and replace(run.config, loader=own.loader) == own
     if given.checkpoint == "last" and unchanged and (beside := best_text(run, ema=given.ema)):
         say(f"beside it, the best epoch, which was selected on this set: {beside}")
     return 0
@@ -68,6 +68,7 @@ def _score(
     from mpvg.tasks import describe_metrics
 
     options = "" if given.task_options is None else f" with {json.dumps(given.task_options)}"
+    options += "" if given.orientation is None else f", orientation {given.orientation}"
     task = run.task()
     if out is not None:
         from mpvg.inference.mistakes import reviewing, write_mistakes

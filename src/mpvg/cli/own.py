@@ -61,12 +61,14 @@ def _matching(typed: str, named: Mapping[str, str]) -> list[str]:
     found = sorted({name for name in named.values() if same_network(name, typed)})
     if not found:
         who = "; ".join(f"{place} has {name}" for place, name in named.items()) or "nothing here needs one"
-        gone = [name for name in named.values() if is_reference(name) and _is_gone(split_reference(name)[0])]
+        gone = [name for name in named.values() if is_reference(name) and _is_renamed(name, typed)]
         renamed = "a file may be moved, not renamed: rename it back, or use mpvg.load(RUN, model=FACTORY) in Python"
         cure = renamed if gone else "give that name, or leave --model out"
         raise ValueError(f"--model is {typed}, but {who}; {cure}")
     return found
 
 
-def _is_gone(place: str) -> bool:
-    return is_file(place) and not Path(place).exists()
+def _is_renamed(stored: str, typed: str) -> bool:
+    """Whether a file is gone, and another file is given."""
+    place, given = (split_reference(name)[0] if is_reference(name) else "" for name in (stored, typed))
+    return is_file(place) and not Path(place).exists() and Path(place).name != Path(given).name

@@ -65,7 +65,8 @@ def study(arguments: list[str]) -> int:
 
     if given.study is None:
         return _list_studies()
-    chosen = _go_on_with(given) if Path(given.study).is_dir() else plan.read_study(given.study)
+    is_folder = given.study not in plan.ready_studies() and Path(given.study).is_dir()
+    chosen = _go_on_with(given) if is_folder else plan.read_study(given.study)
     if given.print:
         return _print(plan.to_dict(chosen))
     scale = given.scale or next(iter(chosen.scales))
@@ -94,6 +95,8 @@ def _go_on_with(given: argparse.Namespace) -> "Study":
     from mpvg.study.folder import open_folder
 
     found = open_folder(Path(given.study))
+    if given.out is not None and Path(given.out) != found.path:
+        raise ValueError(f"--out is {given.out}, but the study in {found.path} goes on there; leave --out out")
     given.out, given.scale, given.data = given.out or found.path, given.scale or found.scale, given.data or found.data
     return found.study
 

@@ -85,7 +85,9 @@ def _category_ids(categories: Mapping[Split, Mapping[int, str]], names: Classes,
     for split, one in categories.items():
         for number, name in one.items():
             if name not in names:
-                cure = "add its training images, or remove it from val"
+                cure = (
+                    "add its training images, or remove it from val" if where == "train" else "remove it, or train anew"
+                )
                 raise ValueError(f"category {name!r} is in {split} but not in {where}; {cure}")
             if ids.setdefault(name, number) != number:
                 raise ValueError(f"category {name!r} has the id {number} in {split} and {ids[name]} in train; use one")

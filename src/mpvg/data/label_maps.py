@@ -172,7 +172,8 @@ class TestLabelMap:
         image, labels = self.image(sample.image), torch.from_numpy(sample.target.labels)
         if self.sizes.scales == (1.0,):
             return Sample(image, labels)
-        return Sample(AtScales(image, tuple(self.image(sample.image, scale) for scale in self.sizes.scales)), labels)
+        scaled = (image if scale == 1 else self.image(sample.image, scale) for scale in self.sizes.scales)
+        return Sample(AtScales(image, tuple(scaled)), labels)
 
     def image(self, image: Image.Image, ratio: float = 1.0) -> Tensor:
         """What evaluation does to an image of any mode: (3, H, W), normalized.

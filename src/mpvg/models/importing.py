@@ -1,5 +1,6 @@
 """Imports a network's factory that the user has named on the command line; never one that stands in a file."""
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -76,6 +77,7 @@ def _import_file(file: Path, name: str) -> ModuleType:
     try:
         with _one_line(name), _last_on_path(str(path.parent)):
             spec.loader.exec_module(module)
+        _check_neighbors(path, name)
     except ModuleNotFoundError as error:
         del sys.modules[module_name]
         raise _cannot_import(name, error) from error
@@ -83,6 +85,22 @@ def _import_file(file: Path, name: str) -> ModuleType:
         del sys.modules[module_name]
         raise
     return module
+
+
+def _check_neighbors(file: Path, name: str) -> None:
+    """Refuses a file that got another module than the one beside it, which has the same name."""
+    wanted = set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            wanted |= {one.name.partition(".")[0] for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            wanted.add(node.module.partition(".")[0])
+    for module in sorted(wanted & sys.modules.keys()):
+        taken = getattr(sys.modules[module], "__file__", None)
+        places = (file.parent / f"{module}.py", file.parent / module / "__init__.py")
+        beside = [place.resolve() for place in places if place.exists() and place != file]
+        if beside and taken is not None and Path(taken).resolve() not in beside:
+            raise ValueError(f"{name} imports {module}, which is {taken} and not {beside[0]}; give that another name")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mpvg.files import CHECKSUMS, memory_bytes, read_regular, remove, write_new
+from mpvg.files import CHECKSUMS, STATE, memory_bytes, read_regular, remove, write_new
 from mpvg.models.checkpoints import read_tensors
 from mpvg.runs.pointers import (
     pointed_folder,
@@ -38,7 +38,6 @@ SELECTED: dict[Which, str] = {"last": "", "best": " (selected on its validation 
 """What is to be said of the weights, by which."""
 KEEP_LAST = 2
 """Number of newest checkpoints that are kept, besides the best one: the newest, and one to fall back to."""
-STATE = "state.json"
 _NAME = re.compile(r"state\.json|[a-z_]+\.safetensors", re.ASCII)
 _NONE_SAVED = "it stopped before the first was saved, or was copied without it"
 _DAMAGE = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG)

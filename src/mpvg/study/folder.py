@@ -97,7 +97,7 @@ class StudyFolder:
         """
         cells = self._planned(seeds=1)
         configs = [cell.config for cell in cells] + [cell.pretrain for cell in cells if cell.pretrain is not None]
-        for config in {config.data: config for config in configs}.values():
+        for config in {(config.data, config.task, repr(config.loader)): config for config in configs}.values():
             open_listing(config, ("val",))
 
     def rows(self) -> list[Row]:

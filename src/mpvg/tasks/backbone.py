@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from mpvg.config import PRETRAINED, NetworkConfig, RunConfig
-from mpvg.config.names import check_architecture
+from mpvg.config.names import check_architecture, is_reference
 from mpvg.data import DataInfo
+from mpvg.data.label_maps import SegmentationSizes
+from mpvg.data.scenes import DetectionSizes
 from mpvg.models.dense import create_adapter
 from mpvg.models.dense.trunk import DenseBackbone, Forward
 from mpvg.validation import check
@@ -19,8 +21,16 @@ class DenseOptions:
 
     def __post_init__(self) -> None:
         if self.vit is not None:
-            check("task_options.vit", self.vit, bool(self.vit), "a name of `create_model`")
+            good = bool(self.vit) and not is_reference(self.vit)
+            check("task_options.vit", self.vit, good, "a network of this package, or timm/NAME")
             check_architecture("task_options.vit", self.vit)
+
+
+def longer_than_long(options: DetectionSizes | SegmentationSizes, name: str) -> dict[str, str]:
+    """The option that gives the short side, and the reason, if the long side's limit is always reached first."""
+    if getattr(options, name) <= options.long_side:
+        return {}
+    return {name: f"long_side is {options.long_side}; give a larger long_side too"}
 
 
 def check_dense_network(config: RunConfig, reason: str) -> None:

@@ -14,7 +14,7 @@ from mpvg.data import Batches, DataInfo
 from mpvg.data.scenes import DetectionSizes, SceneBatch, TestScene, detection_pipeline, pad_images
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense.mask_rcnn import PAPER_ANCHORS, MaskRCNN
-from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone
+from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone, longer_than_long
 from mpvg.tasks.coco_metrics import AveragePrecision, average_precision, check_objects, evaluator, truth_record
 from mpvg.tasks.detection_review import DetectionRecord
 from mpvg.tasks.detections import Detections
@@ -43,12 +43,15 @@ class DetectionOptions(DenseOptions, DetectionSizes):
     evaluation: ClassVar[tuple[str, ...]] = ("test_side", "long_side", "proposals")
     """Options that a trained network can be evaluated with at other values."""
 
+    @property
+    def unused(self) -> dict[str, str]:
+        """Option -> why an evaluation does not use it."""
+        return longer_than_long(self, "test_side")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("long_side", "max_side", "test_side", "channels", "hidden", "regions", "proposals"):
             check(f"task_options.{name}", getattr(self, name), getattr(self, name) >= 1, "a whole number >= 1")
-        limit = f"at most long_side, {self.long_side}"
-        check("task_options.test_side", self.test_side, self.test_side <= self.long_side, limit)
         sides = (*self.short_sides, *self.first_sides, *self.crop_sides)
         check("task_options.short_sides", self.short_sides, bool(self.short_sides), "at least one side")
         check("the sides in task_options", sides, min(sides) >= 1, "whole numbers >= 1")

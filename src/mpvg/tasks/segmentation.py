@@ -22,7 +22,7 @@ from mpvg.data.scenes import DIVISOR
 from mpvg.data.types import Pipeline, Preprocess, Split
 from mpvg.models.dense.upernet import UperNet, resized
 from mpvg.overlays import colored_png, draw_labels
-from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone
+from mpvg.tasks.backbone import DenseOptions, check_dense_network, dense_backbone, longer_than_long
 from mpvg.tasks.review import Review
 from mpvg.tasks.segmentation_review import SegmentationRecord, by_class
 from mpvg.tasks.task import NO_IMAGE, Evaluation, Metric, Prediction
@@ -61,17 +61,14 @@ class SegmentationOptions(DenseOptions, SegmentationSizes):
     @property
     def unused(self) -> dict[str, str]:
         """Option -> why an evaluation does not use it."""
-        if self.sliding:
-            return {}
-        return dict.fromkeys(("crop", "stride"), "windows do not slide; give also sliding as true")
+        reasons = {} if self.sliding else dict.fromkeys(("crop", "stride"), "windows do not slide; give sliding too")
+        return reasons | longer_than_long(self, "short_side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("short_side", "long_side", "channels", "auxiliary_channels", "stride"):
             value = getattr(self, name)
             check(f"task_options.{name}", value, value >= 1, "a whole number >= 1")
-        limit = f"at most long_side, {self.long_side}"
-        check("task_options.short_side", self.short_side, self.short_side <= self.long_side, limit)
         allowed = f"a multiple of {DIVISOR}, at least that"
         check("task_options.crop", self.crop, self.crop > 0 and self.crop % DIVISOR == 0, allowed)
         check(
