@@ -1,5 +1,6 @@
 """What a run leaves on disk, and what comes back from there."""
 
+import errno
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from mpvg import runs
 from mpvg.cli.main import main
 from mpvg.config import LoaderConfig, NetworkConfig, RunConfig
 from mpvg.delivery import DeliverySpec
-from mpvg.files import read_regular, write_json
+from mpvg.files import cannot_write, check_place, read_regular, write_json
 from mpvg.recipes import recipe
 from mpvg.runs import checkpoints, environment
 from mpvg.runs.checkpoints import (
@@ -551,3 +552,30 @@ def test_a_folder_can_be_moved_with_its_links(tmp_path: Path) -> None:
 def test_the_loader_may_be_another_on_another_machine() -> None:
     config = config_for(Path("x"))
     assert config.digest() == replace(config, loader=LoaderConfig(root="elsewhere", workers=9)).digest()
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "make room"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.ENAMETOOLONG, "choose a shorter name"),
+    ],
+)
+def test_what_helps_against_an_error_in_writing_is_said(number: int, cure: str, tmp_path: Path) -> None:
+    said = str(cannot_write(tmp_path / "a", OSError(number, os.strerror(number))))
+    assert f"({os.strerror(number)}); {cure}, then give the same command again" in said
+
+
+def test_a_place_is_within_a_checkpoint_only_with_both_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "checksums.json").write_text("{}")
+    check_place(tmp_path / "run/x")
+    (tmp_path / "state.json").write_text("{}")
+    for out in (tmp_path, tmp_path / "run/x"):
+        with pytest.raises(ValueError, match="is within the checkpoint"):
+            check_place(out)
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "state.json").unlink()
+    check_place(tmp_path / "a")

@@ -485,3 +485,20 @@ def test_the_description_of_the_data_is_read_again(make_config: MakeConfig, tmp_
     file.write_text(json.dumps(dataclasses.asdict(info) | {"category_ids": [1]}))
     with pytest.raises(ValueError, match="category_ids are 1; allowed: one for each class, or none"):
         read_info(file)
+
+
+@pytest.mark.parametrize(
+    ("crowds", "message"), [(False, "has no annotation; give"), (True, "no object is annotated in the validation images")]
+)
+def test_a_validation_set_without_objects_is_refused_before_training(
+    make_config: MakeConfig, tmp_path: Path, crowds: bool, message: str
+) -> None:
+    values = content(2)
+    all_pixels = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
+    for one in values["annotations"]:
+        one |= {"iscrowd": 1, "segmentation": all_pixels}
+    values["annotations"] = values["annotations"] if crowds else []
+    root = write_coco(tmp_path / "data", val=values)
+    with pytest.raises(ValueError, match=message):
+        open_listing(make_config(f"coco/{root}"))
+    assert open_listing(make_config(f"coco/{root}"), ("train",)).train is not None
