@@ -488,7 +488,8 @@ def test_the_description_of_the_data_is_read_again(make_config: MakeConfig, tmp_
 
 
 @pytest.mark.parametrize(
-    ("crowds", "message"), [(False, "has no annotation; give"), (True, "no object is annotated in the validation images")]
+    ("crowds", "message"),
+    [(False, "has no annotation; give"), (True, "no object is annotated in the validation images")],
 )
 def test_a_validation_set_without_objects_is_refused_before_training(
     make_config: MakeConfig, tmp_path: Path, crowds: bool, message: str
