@@ -15,9 +15,15 @@ from PIL import Image, ImageOps
 
 def prepare(path: str, values: dict) -> np.ndarray:
     """An image file as the network's input, (channels, height, width), float32, as preprocess.json says."""
-    image = Image.open(path)
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError as error:
+        sys.exit(f"{path} cannot be read ({error})")
     if values["orientation"] == "exif":
         image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        sys.exit(f"{path} has more than 8 bits; this script reads 8-bit images only, `mpvg predict` reads all")
     image = image.convert("L" if values["channels"] == 1 else "RGB")
     how = Image.Resampling[values["interpolation"].upper()]
     if values["resize"] == "square":

@@ -43,6 +43,15 @@ def test_the_script_of_onnx_runtime_needs_no_torch_and_agrees(run: Path, tmp_pat
         said, value = line.removeprefix(f"{file}: ").split(" ")[:2]
         assert abs(float(value) - 100 * share) < 1
         assert said == name
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "16.png")
+    (tmp_path / "none.png").write_text("no image")
+    for file, said in (
+        ("16.png", "has more than 8 bits; this script reads 8-bit images only"),
+        ("none.png", "cannot be read"),
+    ):
+        done = subprocess.run([*command[:3], str(tmp_path / file)], check=False, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"{tmp_path / file} {said}" in done.stderr
 
 
 def test_the_gradio_app_says_what_the_predictor_says(run: Path, tmp_path: Path) -> None:

@@ -307,6 +307,7 @@ def test_formulas_are_text_in_csv() -> None:
     read = list(csv.DictReader(io.StringIO(table, newline="")))
     assert [row["text"] for row in read] == [f"'{text}" for text in given[:7]] + given[7:]
     assert {row["number"] for row in read} == {"-1.5"}
+    assert csv_text(("target", "=SUM(A1)"), []) == "target,'=SUM(A1)\r\n"
 
 
 def test_a_terminal_that_is_not_utf_8_shows_backslashes(odd_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

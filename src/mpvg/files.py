@@ -112,7 +112,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, heade
     lines = io.StringIO(newline="")
     table = csv.DictWriter(lines, columns)
     if header:
-        table.writeheader()
+        csv.writer(lines).writerow(map(_as_text, columns))
     for row in rows:
         table.writerow({name: _as_text(value) if isinstance(value, str) else value for name, value in row.items()})
     return lines.getvalue()

@@ -19,6 +19,7 @@ from mpvg.cli.export import FORMATS
 from mpvg.cli.main import main
 from mpvg.data import DataInfo, make_preprocess
 from mpvg.inference import load_export
+from mpvg.inference.backends import open_backend
 from mpvg.inference.card import model_card
 from mpvg.inference.export import export_run, new_folder
 from mpvg.inference.loading import KINDS
@@ -320,6 +321,11 @@ def test_what_is_no_export_is_refused(run: Run, out: Path, tmp_path: Path) -> No
         ({"std": [0.0]}, "must be finite numbers, and std more than 0"),
         ({"mean": ["x"]}, "must be finite numbers, and std more than 0"),
         ({"class_names": [0] * 10}, "class_names must be texts"),
+        ({"class_names": []}, "class_names must be texts, one or more, and none twice"),
+        ({"class_names": ["a"] * 10}, "class_names must be texts, one or more, and none twice"),
+        ({"orientation": "upside"}, "orientation is 'upside'; allowed: exif, stored"),
+        ({"std": [1e-300]}, r"std is \[1e-300\]; allowed: numbers of at least 1e-06"),
+        ({"task": "detection"}, "task is 'detection'; allowed: a task that names the class of an image"),
         ({"resize_to": None}, "resize_to is None; allowed: a whole number; export"),
         ({}, r"model.onnx cannot be loaded \("),
         ({"kind": "openvino"}, r"model.onnx cannot be loaded \(the file of openvino is model.xml"),
@@ -338,6 +344,10 @@ def test_what_is_no_export_is_refused(run: Run, out: Path, tmp_path: Path) -> No
     (bare / "model.onnx").unlink()
     with pytest.raises(FileNotFoundError, match="model.onnx is missing"):
         load_export(bare)
+    (bare / "model.onnx").write_bytes(b"")
+    (bare / "preprocess.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no preprocess.json, which says how images are prepared"):
+        open_backend(bare)
 
 
 def test_a_task_with_its_own_preparation_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

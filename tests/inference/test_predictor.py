@@ -291,6 +291,11 @@ def test_what_has_no_image_is_refused(
         (tmp_path / broken).write_text("no image")
     said = refused(capsys, "predict", run, tmp_path / "x.png", tmp_path / "y.png")
     assert said.splitlines()[-1].startswith("mpvg: error: none of the 2 images can be read")
+    said = refused(capsys, "predict", run, tmp_path / "x.png", "--json", tmp_path / "one.json")
+    assert f"image {tmp_path / 'x.png'} cannot be read" in said
+    (record,) = json.loads((tmp_path / "one.json").read_text())
+    assert record["image"] == str(tmp_path / "x.png")
+    assert "cannot be read" in record["error"]
 
 
 def test_outputs_that_exist_are_refused(run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

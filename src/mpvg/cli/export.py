@@ -40,6 +40,9 @@ def export(arguments: list[str]) -> int:
     )
     say(f"{given.run}: {weights_text(run, given.checkpoint, ema=given.ema)}")
     say(*_lines(report, given.format))
+    last, best = (run.recorded(which) for which in ("last", "best"))
+    if given.checkpoint == "last" and best is not None and best != last:
+        say(f"`mpvg predict {given.run}` uses the best weights unless told otherwise; --checkpoint best exports those")
     return 0
 
 

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(end="", flush=True)  # here, since what fails at the exit of Python is a traceback
         return code
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says which step is saved
-        print("\n" + printable(str(stop) or "interrupted; continue with `mpvg train --resume RUN`"), file=sys.stderr)
+        again = "; continue with `mpvg train --resume RUN`" if name == "train" else ""
+        print("\n" + printable(str(stop) or f"interrupted{again}"), file=sys.stderr)
         return getattr(stop, "exit_code", 130)
     except (Exception, SystemExit) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_output():

@@ -70,10 +70,12 @@ def _tell(given: argparse.Namespace, line: str) -> None:
 
 def _say_weights(given: argparse.Namespace, backend: "Backend") -> None:
     from mpvg.cli.evaluate import weights_text
-    from mpvg.inference.backends import RunBackend
+    from mpvg.inference.backends import ExportBackend, RunBackend
 
     if isinstance(backend, RunBackend):
         _tell(given, f"{given.run}: {weights_text(backend.run, given.checkpoint, ema=given.ema)}")
+    elif isinstance(backend, ExportBackend) and (origin := backend.origin()):
+        _tell(given, f"{given.run}: {origin}")
 
 
 def _consume(
@@ -94,11 +96,12 @@ def _consume(
             for outcome in outcomes:
                 image = images[outcome.number]
                 if outcome.error is not None:
-                    if len(images) == 1:
-                        raise outcome.error
-                    complain(f"warning: {outcome.error}")
                     unread += 1
+                    if len(images) > 1:
+                        complain(f"warning: {outcome.error}")
                 _pass_on(outcome, image, records, folder)
+                if outcome.error is not None and len(images) == 1:
+                    raise outcome.error
                 done += 1
                 advance()
     except KeyboardInterrupt:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from mpvg import runs
 from mpvg.data.images import Orientation
+from mpvg.inference.hub import CONFIG
 from mpvg.inference.loading import Exported, load_export
-from mpvg.inference.preprocessing import FILE, preprocess_from
+from mpvg.inference.preprocessing import FILE, preprocess_from, read_preprocessing
+from mpvg.inference.programs import FILES
 from mpvg.models.network import check_logits
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
@@ -98,6 +100,12 @@ class ExportBackend:
         self._preprocess = preprocess_from(values)
         self._class_names = tuple(map(str, values["class_names"]))
 
+    def origin(self) -> str:
+        """Which weights of which run were exported, as text; empty: it is not known."""
+        source = self.exported.preprocessing.get("source")
+        run, which = (source.get(name) if isinstance(source, dict) else None for name in ("run", "checkpoint"))
+        return f"weights: {which} of the run {run}" if isinstance(run, str) and isinstance(which, str) else ""
+
     def preprocess(self, image: Image.Image) -> Tensor:
         """See `Backend.preprocess`."""
         return self._preprocess(image)
@@ -130,6 +138,8 @@ def open_backend(
     folder = path if path.is_dir() else path.parent
     if path.exists() and (folder / FILE).is_file():
         return ExportBackend(load_export(path))
+    if path.is_dir() and any((path / name).exists() for name in (*FILES.values(), CONFIG)):
+        read_preprocessing(folder)  # says what is missing
     if path.is_file():
         kind = "weights alone" if path.suffix.lower() in _WEIGHTS else "no run folder"
         raise ValueError(

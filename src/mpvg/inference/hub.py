@@ -25,6 +25,8 @@ from mpvg.validation import named, parse_json, shown, unknown_name
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _MAX_BYTES = 2**24
+MAX_DEPTH, MAX_NUMBER = 512, 2**20
+"""Of layers, and of any other argument of a network: a config from anywhere must not keep a machine busy."""
 _CODE = (".py", ".pyc", ".pyx", ".so", ".pth", ".pt", ".pkl", ".pickle", ".bin", ".sh", ".ipynb", ".ckpt")
 """Ends of names of files that are code, or pickles, which may run some."""
 _MODULE_KEYS = ("auto_map", "module", "modules", "_target_", "custom_load", "trust_remote_code", "custom_pipelines")
@@ -143,6 +145,10 @@ def _check_arguments(arguments: dict[str, Any], file: Path) -> None:
     for key in arguments:
         if key in _OF_FACTORY:
             raise ValueError(f"{file}: model_args has {key!r}, which is no argument of a network; give another folder")
+    for key, number in _items(arguments):
+        most = MAX_DEPTH if key.startswith("depth") else MAX_NUMBER
+        if isinstance(number, int | float) and not -most <= number <= most:
+            raise ValueError(f"{file}: model_args has {key} {number}; allowed: at most {most:,}; give another folder")
     for _, text in _items(arguments):
         if isinstance(text, str) and re.search(r"[:/\\]|\w\.[A-Za-z_]", text):
             raise ValueError(f"{file}: model_args has {shown(text)}, which names a module or a file; allowed: names")

@@ -8,24 +8,28 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torchvision import transforms
 
 from mpvg.data import DataInfo, denormalize
+from mpvg.data.images import Orientation
 from mpvg.data.tensors import ResizeAndNormalize
 from mpvg.data.transforms import ToRGB
 from mpvg.data.types import Preprocess
 from mpvg.files import read_regular
 from mpvg.runs import Run
 from mpvg.runs.reading import MAX_IMG_SIZE
+from mpvg.tasks import Ranking, task_class
 from mpvg.validation import parse_json, shown
 
 FILE = "preprocess.json"
 FORMAT = 1
 """Of the file; a reader refuses a newer one."""
 _MAX_BYTES = 2**26  # a mean image at 1024 pixels has some 30 MB
+MIN_STD = 1e-6
+"""Of the pixels, by which they are divided."""
 _NEEDED: dict[str, type] = {
     "kind": str,
     "file": str,
@@ -163,7 +167,22 @@ def _problem(values: Mapping[str, Any]) -> str | None:
     numbers = [*values["mean"], *values["std"], *(pixels or [])]
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers) or min(values["std"]) <= 0:
         return "mean, std and mean_image must be finite numbers, and std more than 0"
-    return None if all(isinstance(name, str) for name in values["class_names"]) else "class_names must be texts"
+    if not _names_classes(values["task"]):
+        return f"task is {shown(values['task'])}; allowed: a task that names the class of an image"
+    if min(values["std"]) < MIN_STD:
+        return f"std is {shown(values['std'])}; allowed: numbers of at least {MIN_STD}"
+    names = values["class_names"]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        return "class_names must be texts, one or more, and none twice"
+    return None
+
+
+def _names_classes(task: str) -> bool:
+    """Whether a task gives classes of an image; one that is not registered here may."""
+    try:
+        return issubclass(task_class(task), Ranking)
+    except ValueError:
+        return True
 
 
 def _is_pair(value: Any) -> bool:
@@ -180,7 +199,8 @@ def _allowed(values: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     crop = {"crop": sides} if values["resize"] == "shorter side" else {}
     interpolations = [mode.value for mode in transforms.InterpolationMode]
     allowed = {"resize": ("square", "shorter side"), "interpolation": interpolations}
-    return {**allowed, "height": sides, "width": sides, "resize_to": sides, **crop}
+    orientations = get_args(Orientation)
+    return {**allowed, "orientation": orientations, "height": sides, "width": sides, "resize_to": sides, **crop}
 
 
 def preprocess_from(values: Mapping[str, Any]) -> Preprocess:
