@@ -668,3 +668,17 @@ def test_an_error_of_the_code_is_no_refusal_of_a_method(token_only: Path, refuse
         TOKEN_ONLY.replace("        spec = resolve", '        {"lape": 1}[method]\n        spec = resolve')
     )
     assert "raises KeyError" in refused("check-network", f"{token_only}:build")
+
+
+def test_the_network_with_stages_of_the_docs_is_trained_and_analyzed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (EXAMPLE.parents[1] / "docs/own.md").read_text()
+    code = page[page.index("### Stages") :].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "stages.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", "stages.py:two_stages"]
+    assert main([*TRAIN, "--method", "mpvg", *model, "--out", "run"]) == 0
+    assert main(["analyze", "run", *model, "--images", "40", "--beyond", "20", "--out", "report"]) == 0
+    assert main(["export", "run", *model, "--format", "onnx", "--out", "export"]) == 0
+    assert "largest difference to PyTorch" in capsys.readouterr().out

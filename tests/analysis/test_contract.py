@@ -216,3 +216,15 @@ def test_stages_are_told_from_the_widths_of_their_layer_norms() -> None:
         assert _has_stages(SimpleNamespace(attention_norms=norms[:-1], norm=norms[-1])) == stages
     norms = [nn.LayerNorm(8), nn.LayerNorm(16, bias=False)]  # of which another check tells
     assert not _has_stages(SimpleNamespace(attention_norms=norms[:1], norm=norms[1]))
+
+
+def test_the_network_with_stages_in_the_docs_passes() -> None:
+    page = (Path(__file__).parents[2] / "docs/own.md").read_text()
+    code = page[page.index("### Stages") :]
+    names: dict[str, Any] = {}
+    exec(compile(code.partition("```python\n")[2].partition("```")[0], "docs/own.md", "exec"), names)
+    found = {check.name: check for check in check_network(partial(names["two_stages"], num_classes=5))}
+    assert [name for name, check in found.items() if check.passed is False] == []
+    assert [name for name, check in found.items() if check.passed is None] == ["delivery", "image sizes"]
+    assert "with default, lape_gap, pvg, mpvg" in found["fold"].text
+    assert "tokens and pooling are not checked" in found["shapes"].text

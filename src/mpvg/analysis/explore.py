@@ -16,7 +16,7 @@ from mpvg.analysis.trained import check_classification
 from mpvg.data import Batches, read_image
 from mpvg.data.types import NamedSamples
 from mpvg.delivery import DeliveredPE
-from mpvg.models.network import DeliveredNetwork, delivered_network
+from mpvg.models.network import DeliveredNetwork, delivered_network, last_is_folded
 from mpvg.runs import Run
 from mpvg.runs.checkpoints import Which
 from mpvg.statistics import MeanCorrelation
@@ -174,7 +174,7 @@ def receiving(model: nn.Module) -> dict[str, tuple[int, ...]]:
         ValueError: the network is not one of this package, or is folded.
     """
     network = delivered_network(model)
-    if network.delivery.last_mean_folded:
+    if last_is_folded(network):
         raise ValueError("the network is folded: its Last-LN PE is part of a bias; explore it before folding")
     with torch.no_grad():
         raw = network.raw_pos_embed()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mpvg import statistics
 from mpvg.data import DataInfo, denormalize
-from mpvg.models.network import DeliveredNetwork, delivered_network
+from mpvg.models.network import DeliveredNetwork, delivered_network, last_is_folded
 from mpvg.statistics import GroupedMean
 
 BOOTSTRAP_GROUPS = 20
@@ -111,7 +111,7 @@ def collect(
             infinite.
     """
     network = delivered_network(model.eval())
-    if network.delivery.last_mean_folded:
+    if last_is_folded(network):
         raise ValueError("the network is folded: its Last-LN PE is part of a bias; analyze the network before folding")
     if getattr(network.norm, "bias", None) is None:
         raise ValueError(

@@ -30,6 +30,11 @@ def check_logits(logits: Any, images: int, classes: int | None = None) -> None:
         raise OutputError(f"{images} images give {found}; allowed: logits ({images}, {classes or 'classes'})")
 
 
+def last_is_folded(network: "DeliveredNetwork") -> bool:
+    """Whether the PE of the Last LN is part of its bias; in a network of one's own `delivery` may be a plain list."""
+    return bool(getattr(network.delivery, "last_mean_folded", False))
+
+
 class Delivery(Protocol):
     """`model.delivery`: a PositionDelivery, one per stage (Swin), or the constants of a folded network."""
 
