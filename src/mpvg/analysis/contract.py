@@ -248,7 +248,7 @@ def _probe(build: Build) -> tuple[list[str], str]:
 def _methods(build: Build, variants: list[str], refused: list[str]) -> tuple[list[str], str]:
     wrong = []
     for method in variants:
-        model = noisy(build, method)
+        model = noisy(build, method=method)
         network, asked = delivered_network(model), as_spec(method)
         if replace(network.spec, pool=asked.pool, first_layer=asked.first_layer) != asked:
             wrong.append(f"with method {method} it runs {network.spec.to_dict()}: pass the method on")
@@ -270,7 +270,7 @@ def _methods(build: Build, variants: list[str], refused: list[str]) -> tuple[lis
 def _folds(build: Build, methods: list[str]) -> tuple[list[str], str]:
     worst, wrong = 0.0, []
     for method in methods:
-        model = noisy(build, method)
+        model = noisy(build, method=method)
         found = fold_difference(model, example_images(model))
         worst = max(worst, found)
         if not found <= TOLERANCE:
@@ -280,7 +280,7 @@ def _folds(build: Build, methods: list[str]) -> tuple[list[str], str]:
 
 def _sizes(build: Build, methods: list[str]) -> tuple[list[str] | None, str]:
     for method in methods:
-        model = noisy(build, method)
+        model = noisy(build, method=method)
         network = delivered_network(model)
         (height, width), (rows, columns) = to_2tuple(network.img_size), to_2tuple(network.patch_size)
         size = height + rows, width + 2 * columns

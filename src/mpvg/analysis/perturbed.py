@@ -29,9 +29,9 @@ def supports(build: Build, method: str) -> bool:
     return True
 
 
-def noisy(build: Build, method: str | None = None, **kwargs: Any) -> nn.Module:
+def noisy(build: Build, **options: Any) -> nn.Module:
     """A network in evaluation mode in which no parameter is where it starts."""
-    model = build(**({} if method is None else {"method": method}), **kwargs).eval()
+    model = build(**options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(NOISE * torch.randn_like(parameter))

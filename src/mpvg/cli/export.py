@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from mpvg.cli.arguments import output_path, run_parser, say
+from mpvg.cli.arguments import run_parser, say
 from mpvg.cli.own import add_model, use_models_of_runs
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def export(arguments: list[str]) -> int:
     """Writes a network with its preprocessing, after comparing it with PyTorch."""
     parser = run_parser("export", "Writes a run's network for an application, compared with PyTorch.", "last")
     parser.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--out", type=output_path, required=True, help="a new folder")
+    parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--int8", action="store_true", help="ONNX: 8-bit weights; prints the change of the accuracy")
     parser.add_argument(
         "--dynamic_size", action="store_true", help="images of any size, where the network can; it is not folded"

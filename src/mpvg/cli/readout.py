@@ -44,9 +44,8 @@ def readout(arguments: list[str]) -> int:
         "",
     )
     print_table(question.rows(found), right=("accuracy, %", "nll", "best minus it, points"))
-    say("", *(f"not measured: {name}: {reason}" for name, reason in found.left_out.items()), found.sentence)
-    for line in note([one.word for one in found.compared]):
-        say(line)
+    left_out = (f"not measured: {name}: {reason}" for name, reason in found.left_out.items())
+    say("", *left_out, found.sentence, *note([one.word for one in found.compared]))
     if given.json:
         write_json(given.json, found.to_dict(trained))
     return 0

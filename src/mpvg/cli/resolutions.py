@@ -45,9 +45,8 @@ def resolutions(arguments: list[str]) -> int:
         )
     say(f"{given.run}: {found.images:,} validation images of {found.data}; weights: {weights}; 95 % intervals", "")
     print_table([question.HEAD, *map(question.cells, found.rows)], right=question.HEAD[2:5])
-    say("", *(f"size {name} is left out: {reason}" for name, reason in found.refused.items()), found.sentence)
-    for line in note([row.word for row in found.rows]):
-        say(line)
+    left_out = (f"size {name} is left out: {reason}" for name, reason in found.refused.items())
+    say("", *left_out, found.sentence, *note([row.word for row in found.rows]))
     if given.json:
         write_json(given.json, found.to_dict())
     if given.out is not None:

@@ -65,8 +65,7 @@ def study(arguments: list[str]) -> int:
 
     if given.study is None:
         return _list_studies()
-    is_folder = given.study not in plan.ready_studies() and Path(given.study).is_dir()
-    chosen = _go_on_with(given) if is_folder else plan.read_study(given.study)
+    chosen = _read(given)
     if given.print:
         return _print(plan.to_dict(chosen))
     scale = given.scale or next(iter(chosen.scales))
@@ -75,13 +74,14 @@ def study(arguments: list[str]) -> int:
 
     out = Path(given.out or f"studies/{chosen.name}-{scale}")
     model = _use_models(given.model, folders.StudyFolder(out, chosen, scale, data=given.data))
+    planned = folders.StudyFolder(out, chosen, scale, given.seeds, given.data, model)
     if given.dry_run:
-        return _dry_run(folders.StudyFolder(out, chosen, scale, given.seeds, given.data, model))
+        return _dry_run(planned)
     from mpvg.study.contrasts import PILOT_SEEDS
 
     seeds = min(PILOT_SEEDS, given.seeds or PILOT_SEEDS) if given.pilot else given.seeds
     if given.slurm in (None, LOCAL) and not (out / folders.STUDY).exists():  # other hosts have their own data
-        folders.StudyFolder(out, chosen, scale, data=given.data, model=model).check_data()
+        planned.check_data()
     made = folders.make_folder(out, chosen, scale, seeds=seeds, data=given.data, model=model)
     for (setting, arm), reason in made.refused.items():
         say(f"arm {arm} is left out of {setting}: {reason}")
@@ -90,8 +90,12 @@ def study(arguments: list[str]) -> int:
     return _pilot(made) if given.pilot else _finish(made)
 
 
-def _go_on_with(given: argparse.Namespace) -> "Study":
-    """The study of a folder; what it was begun with takes the place of what is not given."""
+def _read(given: argparse.Namespace) -> "Study":
+    """The study that is named; of a folder, what it was begun with takes the place of what is not given."""
+    from mpvg.study.plan import read_study, ready_studies
+
+    if given.study in ready_studies() or not Path(given.study).is_dir():
+        return read_study(given.study)
     from mpvg.study.folder import open_folder
 
     found = open_folder(Path(given.study))

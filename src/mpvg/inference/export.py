@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpvg.files import cannot_write, whole_folder, write_json
+from mpvg.files import cannot_write, check_place, whole_folder, write_json
 from mpvg.inference import preprocessing as prepared
 from mpvg.inference.card import model_card
 from mpvg.inference.hub import WEIGHTS, write_hub_folder
@@ -118,6 +118,7 @@ def _check(kind: str, out: Path, *, int8: bool, dynamic_size: bool) -> None:
             "--dynamic_size is for graphs; a hub folder holds weights, and timm.create_model('local-dir:PATH', "
             "dynamic_img_size=True) builds the network for any size; leave it out"
         )
+    check_place(out)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; give another --out")
     need_packages(kind)

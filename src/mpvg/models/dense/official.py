@@ -128,11 +128,11 @@ def load_complete(network: nn.Module, path: str | Path) -> LoadReport:
         As `load_official` and `mpvg.models.load_checkpoint`; ValueError also where the file has no head that fits.
     """
     parts: Sequence[Part] = getattr(network, "official", ())
-    names = read_tensors(path).keys()
-    if parts and not any(".vit." in name for name in names):
-        return load_official(network, path, parts)
-    if parts:  # a dense network of this package
+    if parts:
         state, wanted = read_tensors(path), network.state_dict()
+        names = state.keys()
+        if not any(".vit." in name for name in names):  # not a dense network of this package
+            return load_official(network, path, parts)
         problems = [f"{name} is missing" for name in wanted.keys() - names]
         problems += [f"{name} has no place in the network" for name in names - wanted.keys()]
         problems += [
